@@ -1,0 +1,111 @@
+"""The DSA model: transformers' DeepseekV32ForCausalLM with our attention, indexer, MoE and packed forward.
+
+Configuration, weights, initialisation, saving and loading are transformers' own; checkpoints are plain
+Hugging Face checkpoints. Left out: transformers' generate() (rollouts/torch_engine.py generates) and
+padded batches. Next: attention.py, context.py.
+
+Shape letters: T tokens, D hidden, V vocabulary, M positions whose logits are wanted.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
+from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
+
+from posttrain.model.attention import DsaAttention
+from posttrain.model.context import Context
+from posttrain.model.indexer import Rope
+from posttrain.model.moe import DsaMoE
+
+
+class RMSNorm(hf.DeepseekV32RMSNorm):
+    """The same function through torch's own rms_norm: fewer kernel launches in decoding."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        shape = (hidden_states.shape[-1],)
+        return F.rms_norm(hidden_states, shape, self.weight, self.variance_epsilon)
+
+
+class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
+    """One transformer block on packed tokens."""
+
+    def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = DsaAttention(config, layer_idx)
+        if config.mlp_layer_types[layer_idx] == "sparse":
+            self.mlp = DsaMoE(config)
+            self.mlp.layer_idx = layer_idx
+        else:
+            self.mlp = hf.DeepseekV32MLP(config)
+        self.input_layernorm = hf.DeepseekV32RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = hf.DeepseekV32RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_TD: Tensor, rope: Rope, context: Context) -> Tensor:  # type: ignore[override]  # packed, not padded
+        """[T, D] -> [T, D]."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, context)
+        normed_TD = self.post_attention_layernorm(x_TD)
+        is_moe = isinstance(self.mlp, DsaMoE)
+        return x_TD + (self.mlp(normed_TD, context) if is_moe else self.mlp(normed_TD))
+
+
+class DsaModel(hf.DeepseekV32Model):
+    """The body: embedding, blocks, final norm."""
+
+    def __init__(self, config: DeepseekV32Config) -> None:
+        hf.DeepseekV32PreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(DsaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = hf.DeepseekV32RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = hf.DeepseekV32RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        for module in self.modules():
+            if type(module) is hf.DeepseekV32RMSNorm:
+                module.__class__ = RMSNorm  # same parameters, faster forward
+        self.post_init()
+
+    def forward(self, tokens_T: Tensor, context: Context) -> Tensor:  # type: ignore[override]  # packed, not padded
+        """Final hidden states [T, D] of packed tokens."""
+        x_TD = self.embed_tokens(tokens_T)
+        cos, sin = self.rotary_emb(x_TD, context.positions_T[None])
+        for layer in self.layers:
+            x_TD = layer(x_TD, (cos[0], sin[0]), context)
+        return self.norm(x_TD)  # type: ignore[no-any-return]  # nn.Module call
+
+
+class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
+    """The causal language model. Bears transformers' name so that checkpoints name the stock class."""
+
+    def __init__(self, config: DeepseekV32Config) -> None:
+        hf.DeepseekV32PreTrainedModel.__init__(self, config)
+        self.model = DsaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, tokens_T: Tensor, context: Context, at_M: Tensor | None = None) -> Tensor:  # type: ignore[override]  # packed, not padded
+        """Logits fp32 [M, V] at the token positions at_M (default: all) of a packed pass."""
+        x_TD = self.model(tokens_T, context)
+        if at_M is not None:
+            x_TD = x_TD.index_select(0, at_M)
+        return self.lm_head(x_TD).float()  # type: ignore[no-any-return]  # nn.Module call
+
+    def indexer_parameters(self) -> list[nn.Parameter]:
+        """Parameters of all lightning indexers."""
+        return [p for name, p in self.named_parameters() if ".indexer." in name]
+
+    def moe_layers(self) -> dict[int, DsaMoE]:
+        """MoE modules by layer index."""
+        return {m.layer_idx: m for m in self.modules() if isinstance(m, DsaMoE)}
+
+
+def target_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at the targets, fp32 [M]."""
+    return -F.cross_entropy(logits_MV / temperature, targets_M, reduction="none")
+
+
+__all__ = ["DeepseekV32Config", "DeepseekV32ForCausalLM", "RMSNorm", "target_logprobs"]

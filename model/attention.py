@@ -1,0 +1,136 @@
+"""MLA under DSA: the dense path and the sparse MQA-absorbed path, side by side, on one set of weights.
+
+Dense is ordinary multi-head MLA. Sparse folds W_UK into the query and W_UV behind the attention, so that
+one selected set of latent entries serves all heads (V3.2-Exp Eq. 2, mode "MQA"). Softmax scale is
+qk_head_dim^-1/2 (times mscale^2 under YaRN) in both. Next: ../kernels/reference.py.
+
+Shape letters: T tokens, B rows, Q queries, L keys, H heads, E entry size = R + P, R latent, P rotary,
+N no-position size of a head, V value size, K kept entries, J indexer heads, I indexer head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
+from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
+
+from posttrain.kernels import reference
+from posttrain.model.context import Context
+from posttrain.model.indexer import LightningIndexer, Rope
+
+
+def rotate_pairs(x: Tensor, rope: Rope) -> Tensor:
+    """Interleaved (GPT-J) rotary embedding, laid out as transformers does: [all first | all second].
+
+    The order of rotary dimensions is free as long as query and key share it; keeping transformers'
+    makes the results bit-comparable.
+    """
+    half = x.shape[-1] // 2
+    cos, sin = (t[:, :half].view(t.shape[0], *([1] * (x.dim() - 2)), half) for t in rope)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class DsaAttention(hf.DeepseekV32Attention):
+    """transformers' MLA weights, our forward."""
+
+    def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.indexer = LightningIndexer(config, layer_idx)
+        self.index_topk: int = config.index_topk
+
+    def forward(self, x_TD: Tensor, rope: Rope, context: Context) -> Tensor:  # type: ignore[override]  # packed, not padded
+        """Attention of all tokens of the pass, [T, D] -> [T, D]."""
+        latent_TC = self.q_a_layernorm(self.q_a_proj(x_TD))
+        q_THE = self.q_b_proj(latent_TC).view(len(x_TD), -1, self.qk_head_dim)
+        q_nope_THN, q_rot_THP = q_THE.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        kv_TR, k_rot_TP = self.kv_a_proj_with_mqa(x_TD).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        entries_TE = torch.cat((self.kv_a_layernorm(kv_TR), rotate_pairs(k_rot_TP, rope)), dim=-1)
+        q_rot_THP = rotate_pairs(q_rot_THP, rope)
+        entries_BLE = context.keys(self.layer_idx, "entries", context.grid(entries_TE))
+        sparse = context.attention == "sparse"
+        if sparse or context.indexer_loss != "none":
+            scores_BQL = self._index_scores(x_TD, latent_TC, rope, context)
+        if sparse or context.indexer_loss == "dense" or context.diagnose:
+            q_BQHE = context.grid(torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1))
+            mask_BQL = reference.causal_mask(context.query_positions_BQ, entries_BLE.shape[1])
+        if context.indexer_loss == "dense" or context.diagnose:
+            self._dense_indexer(q_BQHE, entries_BLE, mask_BQL, scores_BQL, context)
+        if sparse:
+            o_THV = self._sparse(q_BQHE, entries_BLE, mask_BQL, scores_BQL, context)
+        else:
+            q_BQHE = context.grid(torch.cat((q_nope_THN, q_rot_THP), dim=-1))
+            o_THV = self._dense(q_BQHE, entries_BLE, context)
+        return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
+
+    def _index_scores(self, x_TD: Tensor, latent_TC: Tensor, rope: Rope, context: Context) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
+            q_TJI, k_TI, w_TJ = self.indexer(x_TD, latent_TC, rope)
+            k_BLI = context.keys(self.layer_idx, "index", context.grid(k_TI))
+            return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK [H, N, R] and W_UV [H, V, R], views of kv_b_proj."""
+        weight_HR = self.kv_b_proj.weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        return weight_HR[:, : self.qk_nope_head_dim], weight_HR[:, self.qk_nope_head_dim :]
+
+    def _absorb(self, q_nope_THN: Tensor) -> Tensor:
+        """q^A = W_UK^T q^C: [T, H, N] -> [T, H, R]."""
+        return torch.bmm(q_nope_THN.transpose(0, 1), self._up_projections()[0]).transpose(0, 1)
+
+    def _sparse(
+        self, q_BQHE: Tensor, entries_BLE: Tensor, mask_BQL: Tensor, scores_BQL: Tensor, context: Context
+    ) -> Tensor:
+        with torch.no_grad():
+            kept_BQK = reference.select_topk(scores_BQL, mask_BQL, self.index_topk)
+        o_BQHR, probs_BQHK = reference.sparse_mla(
+            q_BQHE, entries_BLE, kept_BQK, self.scaling, self.kv_lora_rank
+        )
+        record = context.record(self.layer_idx)
+        record.kept_BQK = kept_BQK
+        if context.indexer_loss == "sparse":
+            kept_scores_BQK = scores_BQL.gather(-1, kept_BQK.clamp(min=0))
+            kl_BQ = reference.indexer_kl(probs_BQHK.mean(2), kept_scores_BQK, kept_BQK >= 0)
+            record.kl = (kl_BQ * context.query_mask()).sum()
+        o_THR = context.flat(o_BQHR)
+        return torch.bmm(o_THR.transpose(0, 1), self._up_projections()[1].transpose(1, 2)).transpose(0, 1)
+
+    def _dense(self, q_BQHE: Tensor, entries_BLE: Tensor, context: Context) -> Tensor:
+        latent_BLR, k_rot_BLP = entries_BLE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv_BLH = self.kv_b_proj(latent_BLR).unflatten(-1, (q_BQHE.shape[2], -1))
+        k_nope_BLHN, v_BLHV = kv_BLH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_rot_BLHP = k_rot_BLP[:, :, None].expand(-1, -1, q_BQHE.shape[2], -1)
+        k_BHLE = torch.cat((k_nope_BLHN, k_rot_BLHP), dim=-1).transpose(1, 2)
+        q_BHQE, v_BHLV = q_BQHE.transpose(1, 2), v_BLHV.transpose(1, 2)
+        # With as many queries as keys the grid is a plain causal square: the fused kernel knows it.
+        square = q_BHQE.shape[2] == k_BHLE.shape[2]
+        mask = None if square else reference.causal_mask(context.query_positions_BQ, k_BHLE.shape[2])
+        o_BHQV = F.scaled_dot_product_attention(
+            q_BHQE,
+            k_BHLE,
+            v_BHLV,
+            attn_mask=None if mask is None else mask[:, None],
+            is_causal=square,
+            scale=self.scaling,
+        )
+        return context.flat(o_BHQV.transpose(1, 2))
+
+    def _dense_indexer(
+        self, q_BQHE: Tensor, entries_BLE: Tensor, mask_BQL: Tensor, scores_BQL: Tensor, context: Context
+    ) -> None:
+        """Warm-up loss over all causal keys (Eq. 3) and the recall of attention mass by the top-k."""
+        with torch.no_grad():
+            p_BQL = reference.dense_probs(q_BQHE, entries_BLE, mask_BQL, self.scaling)
+        record = context.record(self.layer_idx)
+        if context.indexer_loss == "dense":
+            kl_BQ = reference.indexer_kl(p_BQL, scores_BQL, mask_BQL)
+            record.kl = (kl_BQ * context.query_mask()).sum()
+        if context.diagnose:
+            # Only queries that have something to leave out count.
+            counted_BQ = context.query_mask() & (context.query_positions_BQ >= self.index_topk)
+            kept_BQK = reference.select_topk(scores_BQL.detach(), mask_BQL, self.index_topk)
+            caught_BQ = (p_BQL.gather(-1, kept_BQK.clamp(min=0)) * (kept_BQK >= 0)).sum(-1)
+            oracle_BQ = p_BQL.topk(min(self.index_topk, p_BQL.shape[-1]), dim=-1).values.sum(-1)
+            record.recall = torch.stack([(x * counted_BQ).sum() for x in (caught_BQ, oracle_BQ)])

@@ -1,0 +1,164 @@
+"""Attention contexts: how the tokens of one forward pass find their keys.
+
+The same modules run in training and in generation; what differs is the context. `PackedContext` is
+for training: documents packed into [T], laid out as a grid [B, L] of documents inside attention only.
+`StaticContext` is for the torch engine: one preallocated cache of latents and indexer keys.
+A paged context for vLLM has the same surface. Next: attention.py.
+
+Shape letters: T tokens, B rows, Q queries per row, L keys per row, N layers, K kept, E experts per token.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+AttentionMode = Literal["dense", "sparse"]
+IndexerLoss = Literal["none", "dense", "sparse"]
+
+
+@dataclass(slots=True)
+class LayerRecord:
+    """What one layer leaves behind in one forward pass, for losses and reports."""
+
+    kl: Tensor | None = None
+    """Sum over queries of D_KL(p || softmax I), differentiable for the indexer."""
+    recall: Tensor | None = None
+    """[2] attention mass caught by the indexer's top-k and by the oracle's, summed over the queries counted."""
+    kept_BQK: Tensor | None = None
+    experts_TE: Tensor | None = None
+    load_X: Tensor | None = None
+    """[num_experts] tokens routed to each expert."""
+
+
+class Context(Protocol):
+    """What attention and MoE need to know about a forward pass."""
+
+    attention: AttentionMode
+    indexer_loss: IndexerLoss
+    diagnose: bool
+    positions_T: Tensor
+    query_positions_BQ: Tensor
+    records: dict[int, LayerRecord]
+    replay_experts: dict[int, Tensor] | None
+
+    def grid(self, x_T: Tensor) -> Tensor:
+        """[T, ...] -> [B, Q, ...]."""
+        ...
+
+    def flat(self, x_BQ: Tensor) -> Tensor:
+        """[B, Q, ...] -> [T, ...]."""
+        ...
+
+    def keys(self, layer: int, name: Literal["entries", "index"], x_BQ: Tensor) -> Tensor:
+        """Add this pass's keys of one layer; return all keys the queries may see, [B, L, ...]."""
+        ...
+
+    def query_mask(self) -> Tensor:
+        """[B, Q] True where the query is a real token."""
+        ...
+
+    def record(self, layer: int) -> LayerRecord:
+        """The record of a layer, made on first use."""
+        ...
+
+
+@dataclass(slots=True)
+class _Base:
+    attention: AttentionMode
+    indexer_loss: IndexerLoss = "none"
+    diagnose: bool = False
+    records: dict[int, LayerRecord] = field(default_factory=dict)
+    replay_experts: dict[int, Tensor] | None = None
+
+    def record(self, layer: int) -> LayerRecord:
+        return self.records.setdefault(layer, LayerRecord())
+
+
+@dataclass(slots=True)
+class PackedContext(_Base):
+    """Packed documents; no key crosses a document because each row of the grid is one document."""
+
+    cu_seqlens_S: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    positions_T: Tensor = field(init=False)
+    query_positions_BQ: Tensor = field(init=False)
+    _to_grid: Tensor = field(init=False)
+    _to_flat: Tensor = field(init=False)
+    _shape: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        starts_S, ends_S = self.cu_seqlens_S[:-1], self.cu_seqlens_S[1:]
+        lengths_S = ends_S - starts_S
+        rows, width = len(lengths_S), int(lengths_S.max())
+        columns_L = torch.arange(width, device=starts_S.device)
+        # Padding repeats the document's last token: finite numbers that no real query can see.
+        self._to_grid = (starts_S[:, None] + columns_L.minimum(lengths_S[:, None] - 1)).reshape(-1)
+        row_T = torch.repeat_interleave(torch.arange(rows, device=starts_S.device), lengths_S)
+        tokens_T = torch.arange(int(self.cu_seqlens_S[-1]), device=starts_S.device)
+        self.positions_T = tokens_T - starts_S[row_T]
+        self._to_flat = row_T * width + self.positions_T
+        self.query_positions_BQ = columns_L.expand(rows, width)
+        self._shape = (rows, width)
+
+    def grid(self, x_T: Tensor) -> Tensor:
+        return x_T.index_select(0, self._to_grid).view(*self._shape, *x_T.shape[1:])
+
+    def flat(self, x_BQ: Tensor) -> Tensor:
+        return x_BQ.flatten(0, 1).index_select(0, self._to_flat)
+
+    def keys(self, layer: int, name: Literal["entries", "index"], x_BQ: Tensor) -> Tensor:
+        return x_BQ
+
+    def query_mask(self) -> Tensor:
+        rows, width = self._shape
+        mask = torch.zeros(rows * width, dtype=torch.bool, device=self._to_flat.device)
+        return mask.index_fill(0, self._to_flat, True).view(rows, width)
+
+
+class StaticCache:
+    """Latent entries and indexer keys of all layers, preallocated: [B, L, E] and [B, L, I] per layer."""
+
+    def __init__(
+        self, *, num_layers: int, num_rows: int, length: int, sizes: dict[str, int], like: Tensor
+    ) -> None:
+        self.store = {
+            name: [like.new_zeros(num_rows, length, size) for _ in range(num_layers)]
+            for name, size in sizes.items()
+        }
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) the given rows."""
+        for layers in self.store.values():
+            for i, tensor in enumerate(layers):
+                layers[i] = tensor.index_select(0, rows)
+
+
+@dataclass(slots=True)
+class StaticContext(_Base):
+    """One step of generation: B rows with Q new tokens each, keys in a StaticCache."""
+
+    cache: StaticCache | None = None
+    query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
+    positions_T: Tensor = field(init=False)
+    num_keys: int = 0
+
+    def __post_init__(self) -> None:
+        self.positions_T = self.query_positions_BQ.reshape(-1)
+        self.num_keys = self.num_keys or int(self.query_positions_BQ.max()) + 1
+
+    def grid(self, x_T: Tensor) -> Tensor:
+        return x_T.view(*self.query_positions_BQ.shape, *x_T.shape[1:])
+
+    def flat(self, x_BQ: Tensor) -> Tensor:
+        return x_BQ.flatten(0, 1)
+
+    def keys(self, layer: int, name: Literal["entries", "index"], x_BQ: Tensor) -> Tensor:
+        assert self.cache is not None, "a static context needs a cache"
+        tensor_BL = self.cache.store[name][layer]
+        rows_B = torch.arange(len(x_BQ), device=x_BQ.device)[:, None]
+        tensor_BL[rows_B, self.query_positions_BQ] = x_BQ
+        return tensor_BL[:, : self.num_keys]
+
+    def query_mask(self) -> Tensor:
+        return torch.ones_like(self.query_positions_BQ, dtype=torch.bool)

@@ -1,0 +1,66 @@
+"""The lightning indexer, trainable: projections, half-split rotary embedding, optional Hadamard rotation.
+
+Scores, top-k and the KL losses are functions in kernels/reference.py. Inputs are detached: the indexer
+learns from its own KL alone, and the model never learns through it (V3.2-Exp 2.1). Next: attention.py.
+
+Shape letters: T tokens, D hidden, C query latent, J indexer heads, I indexer head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
+from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin, each [T, rotary size], both halves equal (transformers' layout)."""
+
+
+def rotate_halves(x: Tensor, rope: Rope) -> Tensor:
+    """Half-split (NeoX) rotary embedding of the last dimension; x is [T, ..., rotary size]."""
+    cos, sin = (t.view(t.shape[0], *([1] * (x.dim() - 2)), t.shape[-1]) for t in rope)
+    return x * cos + hf.rotate_half(x) * sin
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Orthonormal Walsh-Hadamard rotation of the last dimension, whose size is a power of two."""
+    size = x.shape[-1]
+    if size & (size - 1):
+        raise ValueError(f"index_head_dim={size}: the Hadamard rotation needs a power of two")
+    shape = x.shape
+    step = 1
+    while step < size:
+        a, b = x.reshape(-1, size // (2 * step), 2, step).unbind(2)
+        x = torch.stack((a + b, a - b), dim=2).reshape(shape)
+        step *= 2
+    return x / math.sqrt(size)
+
+
+class LightningIndexer(hf.DeepseekV32Indexer):
+    """transformers' indexer weights with a differentiable forward on packed tokens."""
+
+    def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.use_hadamard = bool(getattr(config, "index_hadamard", False))
+
+    def forward(self, x_TD: Tensor, latent_TC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, J, I], keys [T, I] and fp32 head weights [T, J] (times J^-1/2).
+
+        x is the attention input after the layer norm, latent the *normalised* query latent; both are
+        detached here. Order inside a head: [rotary | rest].
+        """
+        x_TD, latent_TC = x_TD.detach(), latent_TC.detach()
+        rotary = self.qk_rope_head_dim
+        q_TJI = self.wq_b(latent_TC).view(-1, self.n_heads, self.head_dim)
+        norm: nn.LayerNorm = self.k_norm
+        k_TI = F.layer_norm(
+            self.wk(x_TD).float(), (self.head_dim,), norm.weight.float(), norm.bias.float(), norm.eps
+        ).to(x_TD.dtype)
+        q_TJI = torch.cat((rotate_halves(q_TJI[..., :rotary], rope), q_TJI[..., rotary:]), -1)
+        k_TI = torch.cat((rotate_halves(k_TI[..., :rotary], rope), k_TI[..., rotary:]), -1)
+        if self.use_hadamard:  # both sides or none: rotating one side destroys the scores
+            q_TJI, k_TI = hadamard(q_TJI), hadamard(k_TI)
+        w_TJ = F.linear(x_TD.float(), self.weights_proj.weight.float()) * self.n_heads**-0.5
+        return q_TJI, k_TI, w_TJ
