@@ -1,0 +1,452 @@
+"""Every knob of the system: one pydantic module, frozen, unknown keys are errors. Imports no torch.
+
+A recipe is a TOML file; several files merge left to right, then `--set a.b=c`. The order of [[stages]]
+is the order of execution. Next: schema.py for the nouns, pipeline.py for how stages run.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class Model(BaseModel):
+    """Base of every section: frozen, no unknown keys, field docs from the strings below the fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Reward(Model):
+    """One reward function."""
+
+    fn: str
+    """Import path `package.module:function`."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+    args: dict[str, Any] = {}
+    """If given, the target is called with these keywords and returns the reward function."""
+
+
+class Domain(Model):
+    """One task family: where its tasks come from and how an answer is judged."""
+
+    name: Name
+    tasks: str
+    """Path of a .jsonl or .parquet file, or rg://, hf:// or py:// URI."""
+    where: str | None = None
+    """Import path of a predicate on Task; tasks for which it is false are dropped."""
+    num_eval: int = Field(200, ge=1)
+    """Tasks held out for evaluation, chosen by prompt hash."""
+    rewards: list[Reward] = Field(min_length=1)
+    """What training maximises: the weighted sum."""
+    passes: list[Reward] = []
+    """What pass@1 and the distillation filter mean: all must give 1. Empty: the rewards themselves."""
+    tool: str | None = None
+    """Import path of a tool, `fn(task, assistant text) -> result text, or None if the turn is no call`."""
+    max_turns: int = Field(1, ge=1)
+    """Assistant turns at most; more than one needs a tool."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens after the prompt at most, tool results included."""
+    demonstrate: str | None = None
+    """Import path of `fn(task, random.Random) -> messages`: demonstrations for pretraining."""
+
+    @model_validator(mode="after")
+    def _tool_for_turns(self) -> Self:
+        if self.max_turns > 1 and self.tool is None:
+            raise ValueError(f"max_turns={self.max_turns} without a tool; set tool or max_turns = 1")
+        return self
+
+
+class Optimizer(Model):
+    """Muon on hidden matrices and AdamW on the rest, or AdamW on everything."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    indexer_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of the indexers, where they train (always AdamW)."""
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = Field(0, ge=0)
+    decay_from: float = Field(1.0, ge=0, le=1)
+    """Share of the steps after which the rate falls linearly to zero; 1 = constant."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient norm is clipped here, separately for model and indexers."""
+
+
+class Arch(Model):
+    """Shape of a model made from scratch; the names are those of the Hugging Face config."""
+
+    hidden_size: int = Field(96, ge=1)
+    num_hidden_layers: int = Field(3, ge=1)
+    num_attention_heads: int = Field(4, ge=1)
+    q_lora_rank: int = Field(64, ge=1)
+    kv_lora_rank: int = Field(48, ge=1)
+    qk_nope_head_dim: int = Field(16, ge=1)
+    qk_rope_head_dim: int = Field(16, ge=2)
+    v_head_dim: int = Field(24, ge=1)
+    intermediate_size: int = Field(256, ge=1)
+    moe_intermediate_size: int = Field(64, ge=1)
+    n_routed_experts: int = Field(8, ge=1)
+    num_experts_per_tok: int = Field(2, ge=1)
+    n_shared_experts: int = Field(1, ge=1)
+    first_k_dense_replace: int = Field(1, ge=0)
+    """Leading layers without experts."""
+    routed_scaling_factor: float = 1.0
+    initializer_range: float = Field(0.1, gt=0)
+    max_position_embeddings: int = Field(512, ge=1)
+
+
+class TextData(Model):
+    """Where language-model training reads from: demonstrations of the domains, or text."""
+
+    text: list[str] = []
+    """Paths (.jsonl, .parquet) or hf:// URIs of rows with a text column; empty: demonstrations."""
+    column: str = "text"
+    seq_len: int = Field(4096, ge=2)
+    """Text is cut into documents of at most this many tokens."""
+    sequences_per_step: int = Field(48, ge=1)
+    loss_on: Literal["all", "assistant"] = "all"
+    """Which tokens count in the LM loss."""
+
+
+class _Stage(Model):
+    name: Name
+    evaluate: bool = True
+    """Measure pass@1 of the resulting checkpoint on every domain's held-out tasks."""
+
+
+class Pretrain(_Stage):
+    """A small dense MLA model learns the task formats (only where no checkpoint exists)."""
+
+    kind: Literal["pretrain"]
+    steps: int = Field(ge=1)
+    arch: Arch = Arch()
+    tokenizer: str
+    """Import path of a function that builds the tokenizer."""
+    data: TextData = TextData()
+    optimizer: Optimizer
+    balance_speed: float = Field(1e-3, ge=0)
+    """Step of the expert-bias update (DeepSeek-V3 2.1.2: 0.001); larger evens the load sooner."""
+
+
+class Convert(_Stage):
+    """Dense MLA checkpoint -> the same weights plus fresh indexers."""
+
+    kind: Literal["convert"]
+    source: str
+    """Stage name, or path of a Hugging Face checkpoint."""
+    index_topk: int = Field(2048, ge=1)
+    """Entries each query keeps (V3.2-Exp 2.1: 2048)."""
+    index_n_heads: int = Field(64, ge=1)
+    index_head_dim: int = Field(128, ge=2)
+    index_hadamard: bool = False
+    """Rotate indexer queries and keys (a precision aid under FP8; exact in bf16)."""
+    evaluate: bool = False
+
+
+class Warmup(_Stage):
+    """Dense attention, only the indexers train: KL over all causal keys (V3.2-Exp Eq. 3)."""
+
+    kind: Literal["warmup"]
+    source: str
+    steps: int = Field(ge=1)
+    data: TextData = TextData()
+    optimizer: Optimizer
+    heldout_tokens: int = Field(50_000, ge=1)
+    """Tokens of the held-out text that the figures of this stage are measured on."""
+    evaluate: bool = False
+
+
+class Sparse(_Stage):
+    """Top-k on, everything trains; the indexer on its KL over the selected set (V3.2-Exp Eq. 4)."""
+
+    kind: Literal["sparse"]
+    source: str
+    steps: int = Field(ge=1)
+    data: TextData = TextData()
+    optimizer: Optimizer
+    balance_speed: float = Field(1e-3, ge=0)
+    heldout_tokens: int = Field(50_000, ge=1)
+    attention: Literal["sparse", "dense"] = "sparse"
+    """"dense" trains the same number of steps without top-k: the control of the sparse stage."""
+
+
+class Mix(Model):
+    """A domain's part in an RL stage."""
+
+    weight: float = Field(1.0, gt=0)
+    """Share of the tasks of a step, relative to the other domains."""
+    loss_weight: float = Field(1.0, gt=0)
+    """Factor on the domain's loss."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL to the stage's starting policy (V3.2 3.1: domains differ, mathematics may use 0)."""
+
+
+class Loss(Model):
+    """The GRPO objective (V3.2 Eq. 5 to 9)."""
+
+    clip: float = Field(0.2, gt=0)
+    """Epsilon of the symmetric ratio clip."""
+    kl: Literal["unbiased", "k3"] = "unbiased"
+    """KL estimator; "unbiased" is V3.2 Eq. 7."""
+    offpolicy_delta: float | None = Field(None, gt=0)
+    """Off-policy sequence mask (V3.2 Eq. 9): threshold on mean log(pi_old / pi); None = off."""
+    norm: Literal["sequence", "token"] = "sequence"
+    """"sequence": the paper's 1/G and 1/|o|; "token": one sum over all valid tokens of the step."""
+
+
+class Rollouts(Model):
+    """How completions are generated."""
+
+    engine: Literal["torch", "fake"] = "torch"
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_rows: int = Field(256, ge=1)
+    """Sequences decoded at the same time by one actor."""
+    record_kept: bool = False
+    """Keep the selected cache entries of every token (large)."""
+    record_experts: bool = False
+    """Keep the experts chosen for every token."""
+
+
+class Rl(_Stage):
+    """GRPO. One domain makes a specialist, several the mixed stage."""
+
+    kind: Literal["rl"]
+    source: str
+    mix: dict[Name, Mix] = Field(min_length=1)
+    steps: int = Field(ge=1)
+    tasks_per_step: int = Field(32, ge=1)
+    group_size: int = Field(8, ge=2)
+    """Completions per task (G); GRPO needs at least 2."""
+    updates_per_step: int = Field(1, ge=1)
+    """Optimizer steps per batch of rollouts; more than 1 is off-policy."""
+    optimizer: Optimizer
+    loss: Loss = Loss()
+    indexer: Literal["frozen", "train"] = "frozen"
+    """"train": the indexer follows its KL over the selected set during RL (GLM-5 3.2 freezes it)."""
+    balance_speed: float = Field(0.0, ge=0)
+    min_signal: float = Field(0.05, ge=0, le=1)
+    """Warn when fewer than this share of the groups has two different rewards."""
+
+
+class Distill(_Stage):
+    """Sample from specialists, verify, deduplicate, balance, write a dataset with provenance."""
+
+    kind: Literal["distill"]
+    specialists: dict[Name, str] = Field(min_length=1)
+    """Domain -> stage whose checkpoint writes its data."""
+    tasks_per_domain: int = Field(300, ge=1)
+    samples_per_task: int = Field(2, ge=1)
+    keep_per_domain: int = Field(600, ge=1)
+    """Verified rows kept per domain at most; every domain gets the same number if it can."""
+    evaluate: Literal[False] = False
+
+
+class Sft(_Stage):
+    """Supervised fine-tuning of a fresh copy of a sparse checkpoint."""
+
+    kind: Literal["sft"]
+    source: str
+    data: list[str] = Field(min_length=1)
+    """Distill stage names, or chat files (.jsonl, .parquet) with a messages column."""
+    steps: int = Field(ge=1)
+    sequences_per_step: int = Field(48, ge=1)
+    optimizer: Optimizer
+
+
+class Export(_Stage):
+    """A plain Hugging Face folder, reloaded in transformers to prove it."""
+
+    kind: Literal["export"]
+    source: str
+    evaluate: Literal[False] = False
+
+
+Stage = Annotated[
+    Pretrain | Convert | Warmup | Sparse | Rl | Distill | Sft | Export, Field(discriminator="kind")
+]
+
+
+class Cluster(Model):
+    """Where the work runs."""
+
+    ray_address: str | None = None
+    """Address of a running Ray cluster; None starts one on this machine."""
+    rollout_actors: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" takes a GPU if torch sees one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameter type of learner and engines."""
+    threads: int = Field(0, ge=0)
+    """torch threads per actor; 0 = all cores."""
+    step_timeout_s: float = Field(1800, gt=0)
+    """Longest wait for any one answer of an actor."""
+    max_actor_restarts: int = Field(3, ge=0)
+    """Dead rollout actors replaced per stage before the run fails."""
+
+
+class Evaluation(Model):
+    """How checkpoints are compared: the same held-out tasks and seeds for every one."""
+
+    samples_per_task: int = Field(1, ge=1)
+    greedy: bool = True
+    """Also report greedy decoding."""
+
+
+class Learner(Model):
+    """The training actor."""
+
+    tokens_per_microbatch: int = Field(4096, ge=1)
+    """Tokens of one forward and backward pass; memory grows with it."""
+
+
+class Run(Model):
+    """A whole recipe."""
+
+    name: Name
+    out: Path = Path("runs")
+    """The run's folder is out/name."""
+    seed: int = 0
+    cluster: Cluster = Cluster()
+    learner: Learner = Learner()
+    rollouts: Rollouts = Rollouts()
+    evaluation: Evaluation = Evaluation()
+    domains: list[Domain] = []
+    stages: list[Stage] = Field(min_length=1)
+
+    @property
+    def path(self) -> Path:
+        """Folder of the run."""
+        return self.out / self.name
+
+    def domain(self, name: str) -> Domain:
+        """The domain of that name (names are checked when the config is read)."""
+        return next(d for d in self.domains if d.name == name)
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        _unique("stage", [s.name for s in self.stages])
+        _unique("domain", [d.name for d in self.domains])
+        domains = {d.name for d in self.domains}
+        before: list[str] = []
+        for stage in self.stages:
+            for source in sources(stage):
+                _known_source(stage.name, source, before, [s.name for s in self.stages])
+            for domain in getattr(stage, "mix", None) or getattr(stage, "specialists", None) or {}:
+                if domain not in domains:
+                    raise ValueError(
+                        f"stage {stage.name!r}: unknown domain {domain!r}; "
+                        f"known: {', '.join(sorted(domains)) or 'none'}"
+                    )
+            before.append(stage.name)
+        return self
+
+
+def sources(stage: Stage) -> list[str]:
+    """Stages (or paths) a stage reads from, in order."""
+    if isinstance(stage, Distill):
+        return list(stage.specialists.values())
+    if isinstance(stage, Pretrain):
+        return []
+    return [stage.source, *(stage.data if isinstance(stage, Sft) else [])]
+
+
+def is_path(source: str) -> bool:
+    """Whether a source names a file or folder rather than a stage."""
+    return "/" in source or "." in source or "://" in source
+
+
+def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Run:
+    """Read and merge TOML files, apply `a.b=c` overrides, validate.
+
+    Raises ValueError with one line per problem: where, what is wrong, what is allowed.
+    """
+    data: dict[str, Any] = {}
+    for file in files:
+        try:
+            layer = tomllib.loads(Path(file).read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read config {str(file)!r}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not valid TOML: {error}") from None
+        data = _merge(data, layer)
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return Run.model_validate(data)
+    except ValidationError as error:
+        raise ValueError("\n".join(_line(data, e) for e in error.errors())) from None
+
+
+def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables merge key by key; everything else, lists included, is replaced."""
+    merged = dict(base)
+    for key, value in layer.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c`; stages and domains are addressed by name: stages.warmup.steps=10."""
+    path, found, text = override.partition("=")
+    if not found or not path:
+        raise ValueError(f"--set {override}: write it as key.subkey=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = path.split(".")
+    node: Any = data
+    for i, key in enumerate(parents):
+        if isinstance(node, list):
+            match = [item for item in node if isinstance(item, dict) and item.get("name") == key]
+            if not match:
+                raise ValueError(f"--set {override}: no {'.'.join(parents[:i])} named {key!r}")
+            node = match[0]
+        else:
+            node = node.setdefault(key, {})
+    if not isinstance(node, dict):
+        raise ValueError(f"--set {override}: {'.'.join(parents)} is not a table")
+    node[last] = value
+
+
+def _line(data: Mapping[str, Any], error: Any) -> str:
+    """One pydantic error as one line, with list items called by their name."""
+    node: Any = data
+    parts: list[str] = []
+    for key in error["loc"]:
+        if isinstance(node, list) and isinstance(key, int) and key < len(node):
+            node = node[key]
+            parts.append(str(node.get("name", key)) if isinstance(node, dict) else str(key))
+        elif isinstance(node, dict) and key in node:
+            node = node[key]
+            parts.append(str(key))
+        elif not (isinstance(node, dict) and node.get("kind") == key):  # the union's tag is no key
+            parts.append(str(key))
+    where = ".".join(parts) or "config"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    got = f" (got {json.dumps(error['input'], default=str)})" if not isinstance(error["input"], dict) else ""
+    return f"{where}: {message}{got}"
+
+
+def _unique(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what} {name!r} is defined {names.count(name)} times; names are unique")
+
+
+def _known_source(stage: str, source: str, before: Sequence[str], every: Sequence[str]) -> None:
+    if is_path(source) or source in before:
+        return
+    why = "comes later; reorder the stages" if source in every else "is no stage"
+    raise ValueError(f"stage {stage!r}: source {source!r} {why} (a path needs a slash, as in ./checkpoint)")
