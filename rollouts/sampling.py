@@ -1,0 +1,48 @@
+"""Sampling the next token: temperature, top-p, and one uniform number per (sample seed, position).
+
+The uniform number comes from a counter-based hash, so that a sample does not depend on which other rows
+share its batch or which actor runs it. Next: torch_engine.py.
+
+Shape letters: B rows, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def uniforms(seeds_B: NDArray[np.uint64], positions_B: NDArray[np.int64]) -> NDArray[np.float32]:
+    """One number in [0, 1) per row: splitmix64 of the seed and the position."""
+    with np.errstate(over="ignore"):  # wrapping arithmetic is the algorithm
+        x = seeds_B + (positions_B.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+
+
+def processed_logprobs(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Log of the distribution that is sampled from, renormalised after truncation; fp32, -inf outside.
+
+    Temperature 0 (greedy) leaves the logits as they are: its log-probs are those of temperature 1.
+    """
+    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    if top_p >= 1.0:
+        return logp_BV
+    ordered_BV, order_BV = logp_BV.sort(dim=-1, descending=True, stable=True)
+    mass_before_BV = ordered_BV.exp().cumsum(-1) - ordered_BV.exp()
+    dropped_BV = torch.zeros_like(mass_before_BV, dtype=torch.bool).scatter(-1, order_BV, mass_before_BV >= top_p)
+    return torch.log_softmax(logp_BV.masked_fill(dropped_BV, float("-inf")), dim=-1)
+
+
+def choose(logp_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> Tensor:
+    """Token ids [B]: the most likely one, or the inverse of the cumulative distribution at the uniform."""
+    if greedy:
+        return logp_BV.argmax(-1)
+    cumulative_BV = logp_BV.exp().cumsum(-1)
+    target_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    token_B = (cumulative_BV <= target_B1).sum(-1)
+    # Rounding may put the target at the very end: fall back to the last token that has any mass.
+    last_B = logp_BV.shape[-1] - 1 - (logp_BV.flip(-1) > float("-inf")).int().argmax(-1)
+    return torch.minimum(token_B, last_B)

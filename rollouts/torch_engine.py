@@ -1,0 +1,281 @@
+"""The embedded rollout engine: our own model, batched, with a static cache of latents and indexer keys.
+
+Prompts are prefilled once per task, rows finished early are dropped from the batch, tool results are fed
+as forced tokens without prefilling the conversation again, and every sampled token's log-prob is that of
+the processed distribution. Left out: continuous batching across waves. Next: pool.py.
+
+Shape letters: B rows, Q queries per row, L tokens of a row, V vocabulary, N layers, K kept, E experts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.model.context import AttentionMode, StaticCache, StaticContext
+from posttrain.rollouts import chat, sampling
+from posttrain.schema import Message, Rollout, Stop, Task
+
+Tool = Callable[[Task, str], str | None]
+"""A tool sees the task and the text of an assistant turn; None means the turn was no call."""
+
+COMPACT_BELOW = 0.75
+"""Finished rows are dropped when fewer than this share of the rows is alive (measured: +56 to +72 % tokens/s)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One completion to generate."""
+
+    task: Task
+    index: int
+    seed: int
+    max_new_tokens: int
+    max_turns: int = 1
+    tool: Tool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    ignore_eos: bool = False
+    """Generate exactly max_new_tokens (for benchmarks)."""
+    record_kept: bool = False
+    record_experts: bool = False
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence being generated."""
+
+    request: Request
+    prompt: list[int]
+    order: int
+    turn_start: int
+    messages: list[Message] = field(default_factory=list)
+    forced: list[int] = field(default_factory=list)
+    turns: int = 0
+    kept: list[NDArray[np.int32]] = field(default_factory=list)
+    experts: list[NDArray[np.int16]] = field(default_factory=list)
+
+
+class TorchEngine:
+    """Generates rollouts with a DSA model on one device."""
+
+    def __init__(
+        self, model: DeepseekV32ForCausalLM, tokenizer: chat.Tokenizer, attention: AttentionMode = "sparse"
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.attention: AttentionMode = attention
+        self.version = 0
+        self.device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256
+    ) -> list[Rollout]:
+        """One rollout per request, in order. Requests of one task should stand together: they share a prefill."""
+        prompts = {r.task.id: chat.encode_prompt(self.tokenizer, r.task) for r in requests}
+        done: dict[int, Rollout] = {}
+        for start in range(0, len(requests), max_rows):
+            rows = [
+                _Row(request=r, prompt=prompts[r.task.id], order=i, turn_start=len(prompts[r.task.id]))
+                for i, r in enumerate(requests[start : start + max_rows], start)
+            ]
+            done.update(_Wave(self, rows, settings).run())
+        return [done[i] for i in range(len(requests))]
+
+    def cache(self, rows: int, length: int) -> StaticCache:
+        """An empty cache for all layers."""
+        config = self.model.config
+        sizes = {"entries": config.kv_lora_rank + config.qk_rope_head_dim, "index": config.index_head_dim}
+        return StaticCache(
+            num_layers=config.num_hidden_layers,
+            num_rows=rows,
+            length=length,
+            sizes=sizes,
+            like=self.model.lm_head.weight,
+        )
+
+
+class _Wave:
+    """Rows generated together, from prefill to the last token."""
+
+    def __init__(self, engine: TorchEngine, rows: list[_Row], settings: Sampling) -> None:
+        self.engine, self.rows, self.settings = engine, rows, settings
+        self.capacity = max(len(r.prompt) + r.request.max_new_tokens for r in rows)
+        self.tokens_BL = np.zeros((len(rows), self.capacity), np.int32)
+        self.sampled_BL = np.zeros((len(rows), self.capacity), bool)
+        self.logprobs_BL = np.zeros((len(rows), self.capacity), np.float32)
+        self.lengths_B = np.array([len(r.prompt) for r in rows])
+        self.limits_B = self.lengths_B + [r.request.max_new_tokens for r in rows]
+        self.seeds_B = np.array([r.request.seed % 2**64 for r in rows], np.uint64)
+        self.alive_B = np.ones(len(rows), bool)
+        for i, row in enumerate(rows):
+            self.tokens_BL[i, : len(row.prompt)] = row.prompt
+        self.done: dict[int, Rollout] = {}
+
+    def run(self) -> dict[int, Rollout]:
+        """Generate until every row has stopped; rollouts by the order of their request."""
+        logits_BV = self._prefill()
+        while True:
+            self._extend(logits_BV)
+            if not self.alive_B.any():
+                return self.done
+            if self.alive_B.mean() < COMPACT_BELOW:
+                self._compact()
+            # Rows that have stopped but are not dropped yet repeat their last token, harmlessly.
+            position_B = np.minimum(self.lengths_B, self.capacity) - 1
+            tokens_B = self.tokens_BL[np.arange(len(self.rows)), position_B]
+            logits_BV = self._forward(tokens_B[:, None], position_B[:, None])
+
+    def _forward(self, tokens_BQ: NDArray[np.int32], positions_BQ: NDArray[np.int64]) -> Tensor:
+        """Logits [B, V] after the last query of every row."""
+        device = self.engine.device
+        context = StaticContext(
+            attention=self.engine.attention,
+            cache=self.cache,
+            query_positions_BQ=torch.from_numpy(positions_BQ).to(device),
+            num_keys=int(positions_BQ.max()) + 1,
+        )
+        last_B = self._last_queries(positions_BQ).to(device)
+        tokens_T = torch.from_numpy(tokens_BQ.astype(np.int64).reshape(-1)).to(device)
+        logits_BV: Tensor = self.engine.model(tokens_T, context, last_B)
+        if self.settings.record_kept or self.settings.record_experts:
+            self._record(context, positions_BQ)
+        return logits_BV
+
+    def _last_queries(self, positions_BQ: NDArray[np.int64]) -> Tensor:
+        rows, queries = positions_BQ.shape
+        last_B = np.minimum(self.lengths_B[:rows] - 1, queries - 1) if queries > 1 else np.zeros(rows, np.int64)
+        return torch.from_numpy(np.arange(rows) * queries + last_B)
+
+    def _prefill(self) -> Tensor:
+        """Run every distinct prompt once, then give each of its completions a copy of the cache."""
+        first: dict[str, int] = {}
+        for i, row in enumerate(self.rows):
+            first.setdefault(row.request.task.id, i)
+        unique = list(first.values())
+        width = int(self.lengths_B.max())
+        self.cache = self.engine.cache(len(unique), self.capacity)
+        every, self.rows = self.rows, [self.rows[i] for i in unique]
+        lengths_B, self.lengths_B = self.lengths_B, self.lengths_B[unique]
+        positions_BQ = np.broadcast_to(np.arange(width), (len(unique), width)).copy()
+        logits_BV = self._forward(self.tokens_BL[unique, :width], positions_BQ)
+        slot = {self.rows[i].request.task.id: i for i in range(len(unique))}
+        copies = [slot[row.request.task.id] for row in every]
+        for row, i in zip(every, copies, strict=True):
+            row.kept, row.experts = list(self.rows[i].kept), list(self.rows[i].experts)
+        self.rows, self.lengths_B = every, lengths_B
+        copies_B = torch.tensor(copies, device=self.engine.device)
+        self.cache.select(copies_B)
+        return logits_BV.index_select(0, copies_B)
+
+    def _extend(self, logits_BV: Tensor) -> None:
+        """Append one token to every row that is alive: sampled, or forced by a tool result."""
+        settings = self.settings
+        uniform_B = sampling.uniforms(self.seeds_B, self.lengths_B)
+        logp_BV = sampling.processed_logprobs(logits_BV, settings.temperature, settings.top_p)
+        chosen = sampling.choose(
+            logp_BV, torch.from_numpy(uniform_B).to(logp_BV.device), greedy=settings.temperature == 0
+        )
+        logp_B = logp_BV.gather(1, chosen[:, None])[:, 0].cpu().numpy()
+        token_B = chosen.to(torch.int32).cpu().numpy()
+        sampled_B = np.ones(len(self.rows), bool)
+        for i, row in enumerate(self.rows):
+            if row.forced and self.alive_B[i]:
+                token_B[i], logp_B[i], sampled_B[i] = row.forced.pop(0), 0.0, False
+        live = np.flatnonzero(self.alive_B)
+        at = self.lengths_B[live]
+        self.tokens_BL[live, at] = token_B[live]
+        self.sampled_BL[live, at] = sampled_B[live]
+        self.logprobs_BL[live, at] = logp_B[live]
+        self.lengths_B[live] += 1
+        ended_B = sampled_B & (token_B == self.engine.tokenizer.eos_token_id) & (not settings.ignore_eos)
+        full_B = self.lengths_B >= self.limits_B
+        for i in live[(ended_B | full_B)[live]]:
+            stop = self._end_turn(int(i)) if ended_B[i] else "length"
+            if stop is None and full_B[i]:
+                stop = "length"
+            if stop is not None:
+                self._finish(int(i), stop)
+
+    def _turn_text(self, i: int) -> str:
+        row = self.rows[i]
+        tokens = self.tokens_BL[i, row.turn_start : self.lengths_B[i]]
+        text: str = self.engine.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        return text.strip()
+
+    def _end_turn(self, i: int) -> Stop | None:
+        """Close an assistant turn; None when a tool result makes the rollout go on."""
+        row = self.rows[i]
+        text = self._turn_text(i)
+        row.messages.append({"role": "assistant", "content": text})
+        row.turns += 1
+        result = row.request.tool(row.request.task, text) if row.request.tool else None
+        if result is None:
+            return "eos"
+        if row.turns >= row.request.max_turns:
+            return "turns"
+        row.messages.append({"role": "tool", "content": result})
+        row.forced = chat.encode_tool_result(self.engine.tokenizer, result)
+        row.turn_start = int(self.lengths_B[i]) + len(row.forced)
+        return None
+
+    def _finish(self, i: int, stop: Stop) -> None:
+        row, length = self.rows[i], int(self.lengths_B[i])
+        if stop == "length" and not row.forced and row.turn_start < length:
+            row.messages.append({"role": "assistant", "content": self._turn_text(i)})
+        self.alive_B[i] = False
+        turns = [str(m["content"]) for m in row.messages if m["role"] == "assistant"]
+        self.done[row.order] = Rollout(
+            task_id=row.request.task.id,
+            index=row.request.index,
+            tokens=self.tokens_BL[i, :length].copy(),
+            sampled=self.sampled_BL[i, :length].copy(),
+            logprobs=self.logprobs_BL[i, :length].copy(),
+            text="\n".join(turns),
+            messages=tuple(row.messages),
+            stop=stop,
+            policy_version=self.engine.version,
+            kept=np.concatenate(row.kept, axis=1)[:, : length - 1] if row.kept else None,
+            experts=np.concatenate(row.experts, axis=1)[:, : length - 1] if row.experts else None,
+        )
+
+    def _compact(self) -> None:
+        """Drop finished rows from the batch and the cache."""
+        keep = np.flatnonzero(self.alive_B)
+        self.rows = [self.rows[i] for i in keep]
+        for name in ("tokens_BL", "sampled_BL", "logprobs_BL", "lengths_B", "limits_B", "seeds_B", "alive_B"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.cache.select(torch.from_numpy(keep).to(self.engine.device))
+
+    def _record(self, context: StaticContext, positions_BQ: NDArray[np.int64]) -> None:
+        """Note the kept entries and experts of this pass's real tokens: [N, new tokens, K or E] per row."""
+        rows, queries = positions_BQ.shape
+        layers = sorted(context.records)
+        counts_B = np.minimum(self.lengths_B[:rows], queries) if queries > 1 else np.ones(rows, np.int64)
+        if self.settings.record_kept and self.engine.attention == "sparse":
+            topk = self.engine.model.config.index_topk
+            kept = [context.records[n].kept_BQK for n in layers]
+            stacked_NBQK = torch.stack([k for k in kept if k is not None]).cpu().numpy().astype(np.int32)
+            width = topk - stacked_NBQK.shape[-1]  # short contexts keep fewer than top-k
+            stacked_NBQK = np.pad(stacked_NBQK, ((0, 0),) * 3 + ((0, width),), constant_values=-1)
+            for i, row in enumerate(self.rows):
+                row.kept.append(stacked_NBQK[:, i, : counts_B[i]])
+        if self.settings.record_experts:
+            found = [context.records[n].experts_TE for n in layers]
+            experts = [e for e in found if e is not None]
+            if experts:
+                stacked = torch.stack(experts).cpu().numpy().astype(np.int16)
+                stacked = stacked.reshape(len(experts), rows, queries, -1)
+                for i, row in enumerate(self.rows):
+                    row.experts.append(stacked[:, i, : counts_B[i]])
