@@ -1,0 +1,205 @@
+"""`posttrain check`: is this recipe fit to run? No torch and no GPU, seconds instead of hours.
+
+Loads every function the recipe names and calls each reward once, on an empty answer and on the
+reference answer of a first task. Left out: pretrain.tokenizer, which needs transformers; only its
+module is looked for. Next: pipeline.py.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from posttrain import config
+from posttrain.config import Domain, Pretrain, Reward, Run
+from posttrain.rewards.base import load_reward
+from posttrain.schema import Rollout, Task
+from posttrain.table import columns
+from posttrain.tasks import load_tasks
+from posttrain.units import check_outside, expand
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageLine:
+    """One stage of the graph."""
+
+    name: str
+    kind: str
+    sources: tuple[str, ...]
+    steps: int | None
+    domains: tuple[str, ...]
+    evaluate: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardLine:
+    """What one reward function says about the two sample answers; None = unscorable."""
+
+    domain: str
+    fn: str
+    use: str
+    """"reward" or "passes"."""
+    empty: float | None
+    """For the empty answer."""
+    reference: float | None
+    """For the task's reference answer as the whole text; None where the task has none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What check found."""
+
+    cfg: Run
+    stages: tuple[StageLine, ...]
+    rewards: tuple[RewardLine, ...] = ()
+
+
+def check(cfg: Run, *, config_only: bool = False) -> Report:
+    """Raise ValueError for the first thing that cannot work."""
+    stages = tuple(_stage_line(stage) for stage in cfg.stages)
+    if config_only:
+        return Report(cfg=cfg, stages=stages)
+    check_outside(cfg, expand(cfg))
+    for stage in cfg.stages:
+        if isinstance(stage, Pretrain):
+            _find_module(stage)
+    rewards = [line for domain in cfg.domains for line in _domain(domain, seed=cfg.seed)]
+    return Report(cfg=cfg, stages=stages, rewards=tuple(rewards))
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report with the resolved recipe, for machines."""
+    return {
+        "config": report.cfg.model_dump(mode="json"),
+        "stages": [asdict(line) for line in report.stages],
+        "rewards": [asdict(line) for line in report.rewards],
+    }
+
+
+def as_text(report: Report) -> str:
+    """The report for people."""
+    head = ("stage", "kind", "source", "steps", "domains", "evaluated")
+    rows = [
+        (
+            s.name,
+            s.kind,
+            ", ".join(s.sources) or "-",
+            "-" if s.steps is None else str(s.steps),
+            ", ".join(s.domains) or "-",
+            "yes" if s.evaluate and report.cfg.domains else "no",
+        )
+        for s in report.stages
+    ]
+    parts = [f"{report.cfg.name}: the recipe is valid", columns([head, *rows])]
+    if report.rewards:
+        scores = [
+            (r.domain, r.use, r.fn, _score(r.empty), _score(r.reference)) for r in report.rewards
+        ]
+        title = ("domain", "use", "function", "empty answer", "reference answer")
+        parts.append(columns([title, *scores]))
+    return "\n\n".join(parts)
+
+
+def _stage_line(stage: config.Stage) -> StageLine:
+    domains: Mapping[str, Any] = getattr(stage, "mix", None) or getattr(stage, "specialists", {})
+    return StageLine(
+        name=stage.name,
+        kind=stage.kind,
+        sources=tuple(config.sources(stage)),
+        steps=getattr(stage, "steps", None),
+        domains=tuple(domains),
+        evaluate=stage.evaluate,
+    )
+
+
+def _domain(domain: Domain, *, seed: int) -> list[RewardLine]:
+    where = f"domain {domain.name!r}"
+    for name in ("tool", "demonstrate"):
+        path = getattr(domain, name)
+        if path is not None:
+            _load(path, f"{where}: {name}")
+    tasks = load_tasks(domain.tasks, domain=domain.name, seed=seed, where=domain.where)
+    task = next(iter(tasks), None)
+    if task is None:
+        raise ValueError(f"{where}: {domain.tasks} has no task (where = {domain.where})")
+    rewards = [("reward", reward) for reward in domain.rewards]
+    rewards += [("passes", reward) for reward in domain.passes]
+    return [_try(reward, task, use=use) for use, reward in rewards]
+
+
+def _try(reward: Reward, task: Task, *, use: str) -> RewardLine:
+    """Call a reward on a group of two answers."""
+    function = load_reward(reward.fn, reward.args)
+    answers = [""] if task.answer is None else ["", task.answer]
+    try:
+        scores = function(task, [_rollout(task, i, text) for i, text in enumerate(answers)])
+    except Exception as error:  # the user's code: whatever it raises, the recipe is not fit to run
+        raise ValueError(
+            f"reward {reward.fn!r} raised {type(error).__name__}: {error} "
+            f"(on task {task.id!r}, answers {answers})"
+        ) from error
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(answers)
+        or not all(map(_is_score, scores))
+    ):
+        raise ValueError(
+            f"reward {reward.fn!r} returned {scores!r} for {len(answers)} rollouts of task "
+            f"{task.id!r}; it must return a list with one finite number, or None, per rollout"
+        )
+    return RewardLine(
+        domain=task.domain,
+        fn=reward.fn,
+        use=use,
+        empty=scores[0],
+        reference=scores[1] if len(scores) > 1 else None,
+    )
+
+
+def _rollout(task: Task, index: int, text: str) -> Rollout:
+    return Rollout(
+        task_id=task.id,
+        index=index,
+        tokens=np.zeros(1, np.int32),
+        sampled=np.zeros(1, np.bool_),
+        logprobs=np.zeros(1, np.float32),
+        text=text,
+        messages=({"role": "assistant", "content": text},),
+    )
+
+
+def _is_score(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+
+
+def _load(path: str, what: str) -> Callable[..., Any]:
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise ValueError(f"{what} {path!r}: write it as package.module:function")
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what} {path!r} does not load: {error}") from error
+    return function
+
+
+def _find_module(stage: Pretrain) -> None:
+    module, colon, _ = stage.tokenizer.partition(":")
+    try:
+        found = bool(colon) and importlib.util.find_spec(module) is not None
+    except ImportError:
+        found = False
+    if not found:
+        raise ValueError(
+            f"stage {stage.name!r}: tokenizer {stage.tokenizer!r} does not load; "
+            "write it as package.module:function"
+        )
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else json.dumps(value)
