@@ -78,6 +78,11 @@ class TorchEngine:
         self.version = 0
         self.device = next(model.parameters()).device
 
+    def load(self, version: int, weights: dict[str, Tensor]) -> None:
+        """Take the learner's weights of that version."""
+        self.model.load_state_dict(weights)
+        self.version = version
+
     @torch.inference_mode()
     def generate(
         self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256

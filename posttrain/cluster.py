@@ -1,0 +1,148 @@
+"""Ray: start or join a cluster, make the learner and the rollout actors, wait for them with a deadline.
+
+Everything that waits, waits here: each wait has a deadline and says who did not answer. Left out:
+placement over several nodes and sharded learners. Next: rollouts/pool.py, learner.py.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import ray
+
+from posttrain import config
+from posttrain.learner import Learner, Setup
+from posttrain.rollouts.pool import Pool, PoolSetup
+from posttrain.schema import Batch
+
+
+class Cluster:
+    """The Ray cluster of a run, started when the first actor is needed."""
+
+    def __init__(self, cfg: config.Run) -> None:
+        self.cfg = cfg
+        self._started = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._started:
+            ray.shutdown()
+
+    @property
+    def device(self) -> str:
+        """Device of learner and engines."""
+        if self.cfg.cluster.device != "auto":
+            return self.cfg.cluster.device
+        import torch  # only the driver of a real run comes here
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def learner(self, setup: Setup) -> "RemoteLearner":
+        """A learner actor; the pipeline uses one at a time."""
+        self._start()
+        setup = replace(setup, device=self.device, dtype=self.cfg.cluster.dtype)
+        return RemoteLearner(self, setup)
+
+    def pool(self, setup: PoolSetup) -> Pool:
+        """Rollout actors behind one object."""
+        self._start()
+        setup = replace(setup, device=self.device, dtype=self.cfg.cluster.dtype, threads=self.threads)
+        return Pool(setup, self.cfg.cluster)
+
+    @property
+    def threads(self) -> int:
+        """torch threads per actor."""
+        return self.cfg.cluster.threads or os.cpu_count() or 1
+
+    def actor_options(self) -> dict[str, Any]:
+        """Ray options of one actor: learner and engines take turns, so each may use all cores."""
+        share = 1 / (1 + self.cfg.cluster.rollout_actors) if self.device == "cuda" else 0
+        return {"num_cpus": 0, "num_gpus": share}
+
+    def wait(self, reference: Any, what: str) -> Any:
+        """The value of a Ray reference; TimeoutError names what did not answer."""
+        timeout = self.cfg.cluster.step_timeout_s
+        try:
+            return ray.get(reference, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise TimeoutError(
+                f"{what} did not answer within {timeout:.0f} s (cluster.step_timeout_s)"
+            ) from None
+
+    def _start(self) -> None:
+        if self._started:
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        address = self.cfg.cluster.ray_address
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({} if address else {"object_store_memory": 256 << 20}),
+        )
+        self._started = True
+
+
+class RemoteLearner:
+    """A learner in its own Ray actor, called like the class itself; close() frees it."""
+
+    def __init__(self, cluster: Cluster, setup: Setup) -> None:
+        self._cluster = cluster
+        self._actor = (
+            ray.remote(_LearnerActor)
+            .options(**cluster.actor_options())
+            .remote(setup, cluster.threads)
+        )
+        self._pending: Any = None
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Run a method of Learner and wait for its result."""
+        reference = self._actor.call.remote(method, args, kwargs)
+        return self._cluster.wait(reference, f"learner.{method}")
+
+    def lm_step_soon(self, batches: Sequence[Batch]) -> dict[str, float] | None:
+        """Start an LM step and return the figures of the one before, so that batches are made meanwhile."""
+        before = self.settle()
+        self._pending = self._actor.call.remote("lm_step", (batches,), {})
+        return before
+
+    def settle(self) -> dict[str, float] | None:
+        """Wait for the step started last."""
+        if self._pending is None:
+            return None
+        figures: dict[str, float] = self._cluster.wait(self._pending, "learner.lm_step")
+        self._pending = None
+        return figures
+
+    def publish(self) -> Any:
+        """A reference to the weights in the object store, to be handed to Pool.load."""
+        return self._actor.call.remote("weights", (), {})
+
+    def close(self) -> None:
+        """End the actor."""
+        ray.kill(self._actor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _LearnerActor:
+    """Runs in the actor's process."""
+
+    def __init__(self, setup: Setup, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._learner = Learner(setup)
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function: Callable[..., Any] = getattr(self._learner, method)
+        return function(*args, **kwargs)

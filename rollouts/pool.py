@@ -1,0 +1,160 @@
+"""Rollout actors behind one object: spread requests, collect in order, replace actors that die.
+
+A request carries its own seed, so that a request repeated on another actor gives the same sample, and
+nothing is lost or doubled when an actor is killed in the middle of a step. Next: torch_engine.py.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import ray
+
+from posttrain import config
+from posttrain.rollouts.torch_engine import Request, Sampling
+from posttrain.schema import Rollout
+
+OnFailure = Callable[[Sequence[Request], str, str], None]
+"""Told of requests whose actor died: requests, actor, error. They are generated again elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSetup:
+    """What the actors of a pool are made of."""
+
+    checkpoint: Path
+    attention: Literal["dense", "sparse"]
+    engine: Literal["torch", "fake"] = "torch"
+    max_rows: int = 256
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+
+
+class Pool:
+    """Several rollout actors used as one engine."""
+
+    def __init__(self, setup: PoolSetup, cluster: config.Cluster) -> None:
+        self._setup, self._cluster = setup, cluster
+        self._weights: tuple[int, Any] | None = None
+        self.restarts = 0
+        self._actors = [self._new_actor() for _ in range(cluster.rollout_actors)]
+
+    def load(self, version: int, weights: Any) -> None:
+        """Give all actors new weights (a Ray reference to a state dict)."""
+        self._weights = (version, weights)
+        self._wait([(i, a.load.remote(version, weights)) for i, a in enumerate(self._actors)], "load")
+
+    def generate(
+        self, requests: Sequence[Request], settings: Sampling, on_failure: OnFailure | None = None
+    ) -> list[Rollout]:
+        """One rollout per request, in order. Requests of one task stay on one actor."""
+        parts = _split(requests, len(self._actors))
+        done: dict[int, list[Rollout]] = {}
+        while len(done) < len(parts):
+            waiting = [
+                (i, self._actors[i].generate.remote(parts[i], settings))
+                for i in range(len(parts))
+                if i not in done
+            ]
+            for i, reference in waiting:
+                try:
+                    done[i] = self._get(reference, f"rollout actor {i}")
+                except ray.exceptions.RayActorError as error:
+                    if on_failure is not None:
+                        on_failure(parts[i], f"rollout actor {i}", type(error).__name__)
+                    self._replace(i)
+        return [rollout for i in range(len(parts)) for rollout in done[i]]
+
+    def pids(self) -> list[int]:
+        """Process ids of the actors."""
+        return [int(self._get(a.pid.remote(), "rollout actor")) for a in self._actors]
+
+    def close(self) -> None:
+        """End all actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _new_actor(self) -> Any:
+        share = 1 / (1 + self._cluster.rollout_actors) if self._setup.device == "cuda" else 0
+        return ray.remote(_RolloutActor).options(num_cpus=0, num_gpus=share).remote(self._setup)
+
+    def _replace(self, i: int) -> None:
+        self.restarts += 1
+        allowed = self._cluster.max_actor_restarts
+        if self.restarts > allowed:
+            raise RuntimeError(
+                f"rollout actors died {self.restarts} times; cluster.max_actor_restarts allows {allowed}"
+            )
+        self._actors[i] = self._new_actor()
+        if self._weights is not None:  # a fresh actor has the checkpoint's weights, not the learner's
+            version, weights = self._weights
+            self._get(self._actors[i].load.remote(version, weights), f"rollout actor {i}")
+
+    def _wait(self, waiting: Sequence[tuple[int, Any]], what: str) -> None:
+        for i, reference in waiting:
+            try:
+                self._get(reference, f"rollout actor {i} ({what})")
+            except ray.exceptions.RayActorError:
+                self._replace(i)
+
+    def _get(self, reference: Any, who: str) -> Any:
+        timeout = self._cluster.step_timeout_s
+        try:
+            return ray.get(reference, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise TimeoutError(f"{who} did not answer within {timeout:.0f} s (cluster.step_timeout_s)") from None
+
+
+class _RolloutActor:
+    """Runs in the actor's process: one engine."""
+
+    def __init__(self, setup: PoolSetup) -> None:
+        import torch
+
+        from posttrain.model import checkpoint
+        from posttrain.rollouts.fake_engine import FakeEngine
+        from posttrain.rollouts.torch_engine import TorchEngine
+
+        torch.set_num_threads(setup.threads)
+        self._setup = setup
+        tokenizer = checkpoint.load_tokenizer(setup.checkpoint)
+        if setup.engine == "fake":
+            self._engine: Any = FakeEngine(tokenizer)
+            return
+        load: Any = checkpoint.load_dense if setup.attention == "dense" else checkpoint.load
+        model = load(setup.checkpoint, dtype=getattr(torch, setup.dtype), device=setup.device)
+        self._engine = TorchEngine(model, tokenizer, setup.attention)
+
+    def load(self, version: int, weights: dict[str, Any]) -> None:
+        self._engine.load(version, weights)
+
+    def generate(self, requests: Sequence[Request], settings: Sampling) -> list[Rollout]:
+        rollouts: list[Rollout] = self._engine.generate(requests, settings, max_rows=self._setup.max_rows)
+        return rollouts
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def _split(requests: Sequence[Request], parts: int) -> list[list[Request]]:
+    """Cut into runs of about equal size without tearing a task's group apart; empty parts are left out."""
+    groups: list[list[Request]] = []
+    for request in requests:
+        if groups and groups[-1][0].task.id == request.task.id:
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    share = max(1, -(-len(groups) // parts))
+    chunks = [groups[i : i + share] for i in range(0, len(groups), share)]
+    return [[request for group in chunk for request in group] for chunk in chunks]
+
+
