@@ -94,14 +94,18 @@ class Learner:
             self._backward(total, context, tensors, sums, share=self._share(batch, batches))
         return self._finish(sums, batches)
 
-    def grpo_step(self, batches: Sequence[Batch], settings: config.Loss, temperature: float) -> Figures:
-        """One optimizer step of GRPO."""
+    def grpo_step(
+        self, batches: Sequence[Batch], settings: config.Loss, temperature: float
+    ) -> tuple[Figures, list[NDArray[np.float32]]]:
+        """One optimizer step of GRPO; also the log-probs [M] of each batch before the update."""
+        seen: list[NDArray[np.float32]] = []
         sums: defaultdict[str, float] = defaultdict(float)
         valid = sum(int(b.mask_T.sum()) for b in batches)
         for batch in batches:
             tensors = self._tensors(batch)
             context = self._context(tensors)
             logp_M = self._logprobs(self.model, tensors, context, temperature)
+            seen.append(logp_M.detach().cpu().numpy())
             objective, figures = loss.grpo(
                 logp_M,
                 self._valid(batch, batch.logprobs_T),
@@ -118,7 +122,7 @@ class Learner:
                 sums[name] += float(value) / valid
             sums["loss"] += float(objective.detach())
             self._backward(objective, context, tensors, sums, share=self._share(batch, batches))
-        return self._finish(sums, batches)
+        return self._finish(sums, batches), seen
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[NDArray[np.float32]]:

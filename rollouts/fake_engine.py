@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.rollouts import chat
-from posttrain.rollouts.torch_engine import Request, Sampling
+from posttrain.rollouts.request import Request, Sampling
 from posttrain.schema import Rollout
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import ray
 
 from posttrain import config
-from posttrain.rollouts.torch_engine import Request, Sampling
+from posttrain.rollouts.request import Request, Sampling
 from posttrain.schema import Rollout
 
 OnFailure = Callable[[Sequence[Request], str, str], None]

@@ -7,7 +7,7 @@ the processed distribution. Left out: continuous batching across waves. Next: po
 Shape letters: B rows, Q queries per row, L tokens of a row, V vocabulary, N layers, K kept, E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,37 +18,11 @@ from torch import Tensor
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, StaticCache, StaticContext
 from posttrain.rollouts import chat, sampling
-from posttrain.schema import Message, Rollout, Stop, Task
-
-Tool = Callable[[Task, str], str | None]
-"""A tool sees the task and the text of an assistant turn; None means the turn was no call."""
+from posttrain.rollouts.request import Request, Sampling
+from posttrain.schema import Message, Rollout, Stop
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped when fewer than this share of the rows is alive (measured: +56 to +72 % tokens/s)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """One completion to generate."""
-
-    task: Task
-    index: int
-    seed: int
-    max_new_tokens: int
-    max_turns: int = 1
-    tool: Tool | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How tokens are chosen; temperature 0 is greedy."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    ignore_eos: bool = False
-    """Generate exactly max_new_tokens (for benchmarks)."""
-    record_kept: bool = False
-    record_experts: bool = False
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ RELATIONS = ("boss", "friend", "rival", "guide", "neighbor", "tutor", "cousin", 
 NAMES = (
     "ann bob cat dan eve fay gus hal ida jon kim leo mia ned ola pat quin roy sue tom una vic wes zoe"
 ).split()
-NO_LOOKUP = 0.3
+NO_LOOKUP = 0.35
 STOP_EARLY = 0.2
 WRONG_RELATION = 0.04
 

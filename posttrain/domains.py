@@ -1,0 +1,71 @@
+"""A domain with everything its config names loaded: tasks, rewards, tool, demonstrations.
+
+Next: generation.py for rollouts of these tasks, data.py for language-model samples.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from random import Random
+
+from posttrain import config
+from posttrain.rewards.base import Scorer, load_object
+from posttrain.rollouts.request import Tool
+from posttrain.schema import Message, Rollout, Score, Task
+from posttrain.tasks import Split, load_split
+
+Demonstrate = Callable[[Task, Random], list[Message]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One task family, ready for use."""
+
+    cfg: config.Domain
+    split: Split
+    rewards: Scorer
+    passes: Scorer
+    tool: Tool | None
+    demonstrate: Demonstrate | None
+
+    @property
+    def name(self) -> str:
+        """Its name in the recipe."""
+        return self.cfg.name
+
+    @property
+    def evaluation(self) -> list[Task]:
+        """The held-out tasks that every checkpoint is measured on."""
+        return self.split.heldout[: self.cfg.num_eval]
+
+    def passed(self, task: Task, rollouts: Iterable[Rollout]) -> list[bool | None]:
+        """Whether each rollout counts as solved; None = cannot be said."""
+        scores: tuple[Score, ...] = self.passes.score(task, tuple(rollouts))
+        return [self.passes.passed(score) for score in scores]
+
+
+def open_domains(cfg: config.Run, names: Iterable[str] | None = None) -> dict[str, Domain]:
+    """The named domains (default: all) by name, in the recipe's order.
+
+    Raises ValueError for anything that does not load.
+    """
+    wanted = None if names is None else set(names)
+    return {
+        domain.name: _open(domain.model_dump_json(), cfg.seed)
+        for domain in cfg.domains
+        if wanted is None or domain.name in wanted
+    }
+
+
+@functools.cache  # the stages of a run share it: making 40,000 tasks takes seconds
+def _open(domain_json: str, seed: int) -> Domain:
+    cfg = config.Domain.model_validate_json(domain_json)
+    where = f"domain {cfg.name!r}"
+    return Domain(
+        cfg=cfg,
+        split=load_split(cfg, seed),
+        rewards=Scorer(cfg.rewards),
+        passes=Scorer(cfg.passes or cfg.rewards),
+        tool=load_object(cfg.tool, f"{where}: tool") if cfg.tool else None,
+        demonstrate=load_object(cfg.demonstrate, f"{where}: demonstrate") if cfg.demonstrate else None,
+    )

@@ -1,0 +1,36 @@
+"""What an engine is asked for: one completion, and how tokens are chosen. Imports no torch.
+
+Next: torch_engine.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from posttrain.schema import Task
+
+Tool = Callable[[Task, str], str | None]
+"""A tool sees the task and the text of an assistant turn; None means the turn was no call."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One completion to generate."""
+
+    task: Task
+    index: int
+    seed: int
+    max_new_tokens: int
+    max_turns: int = 1
+    tool: Tool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    ignore_eos: bool = False
+    """Generate exactly max_new_tokens (for benchmarks)."""
+    record_kept: bool = False
+    record_experts: bool = False
