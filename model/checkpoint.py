@@ -5,7 +5,7 @@ load both. Making the first from the second is convert.py.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -43,6 +43,18 @@ def load(
     with quiet():
         model = DeepseekV32ForCausalLM.from_pretrained(str(path), dtype=dtype)
     return model.to(device)  # type: ignore[no-any-return, arg-type]  # transformers' untyped signature
+
+
+def attention_of(path: Path | str) -> Literal["dense", "sparse"]:
+    """How a checkpoint is to be run: sparse if it has indexers."""
+    return "sparse" if _config(path).model_type == "deepseek_v32" else "dense"
+
+
+def index_topk(path: Path | str) -> int:
+    """Entries each query keeps in a sparse checkpoint."""
+    if attention_of(path) == "dense":
+        raise ValueError(f"{path}: a dense checkpoint has no indexers; convert it first")
+    return int(_config(path).index_topk)
 
 
 def load_dense(

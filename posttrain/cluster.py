@@ -1,7 +1,9 @@
-"""Ray: start or join a cluster, make the learner and the rollout actors, wait for them with a deadline.
+"""Ray: start or join a cluster, hold the learner and the rollout actors, wait with a deadline.
 
-Everything that waits, waits here: each wait has a deadline and says who did not answer. Left out:
-placement over several nodes and sharded learners. Next: rollouts/pool.py, learner.py.
+Actors live as long as the run and get one stage after another: starting a process and importing
+torch costs seconds, a stage of the demo costs ten. Everything that waits has a deadline and says
+who did not answer. Left out: placement over several nodes and sharded learners.
+Next: rollouts/pool.py, learner.py.
 """
 
 import os
@@ -23,6 +25,8 @@ class Cluster:
     def __init__(self, cfg: config.Run) -> None:
         self.cfg = cfg
         self._started = False
+        self._learner_actor: Any = None
+        self._pool: Pool | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -30,6 +34,7 @@ class Cluster:
     def __exit__(self, *error: object) -> None:
         if self._started:
             ray.shutdown()
+            self._started = False
 
     @property
     def device(self) -> str:
@@ -40,27 +45,28 @@ class Cluster:
 
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def learner(self, setup: Setup) -> "RemoteLearner":
-        """A learner actor; the pipeline uses one at a time."""
-        self._start()
-        setup = replace(setup, device=self.device, dtype=self.cfg.cluster.dtype)
-        return RemoteLearner(self, setup)
-
-    def pool(self, setup: PoolSetup) -> Pool:
-        """Rollout actors behind one object."""
-        self._start()
-        setup = replace(setup, device=self.device, dtype=self.cfg.cluster.dtype, threads=self.threads)
-        return Pool(setup, self.cfg.cluster)
-
     @property
     def threads(self) -> int:
-        """torch threads per actor."""
-        return self.cfg.cluster.threads or os.cpu_count() or 1
+        """torch threads per actor: learner and engines take turns, so each may use all cores."""
+        return self.cfg.cluster.threads or len(os.sched_getaffinity(0))
 
-    def actor_options(self) -> dict[str, Any]:
-        """Ray options of one actor: learner and engines take turns, so each may use all cores."""
-        share = 1 / (1 + self.cfg.cluster.rollout_actors) if self.device == "cuda" else 0
-        return {"num_cpus": 0, "num_gpus": share}
+    def learner(self, setup: Setup) -> "RemoteLearner":
+        """A fresh learner, in the run's one learner actor; close it before asking for the next."""
+        self._start()
+        if self._learner_actor is None:
+            options = self._actor_options()
+            self._learner_actor = ray.remote(_LearnerActor).options(**options).remote(self.threads)
+        setup = replace(setup, device=self.device, dtype=self.cfg.cluster.dtype)
+        self.wait(self._learner_actor.start.remote(setup), "learner.start")
+        return RemoteLearner(self, self._learner_actor)
+
+    def pool(self, setup: PoolSetup) -> Pool:
+        """The rollout actors, with a checkpoint loaded; close it before asking for the next."""
+        self._start()
+        if self._pool is None:
+            self._pool = Pool(self.cfg.cluster, self._actor_options())
+        setup = replace(setup, device=self.device, dtype=self.cfg.cluster.dtype, threads=self.threads)
+        return self._pool.start(setup)
 
     def wait(self, reference: Any, what: str) -> Any:
         """The value of a Ray reference; TimeoutError names what did not answer."""
@@ -72,11 +78,18 @@ class Cluster:
                 f"{what} did not answer within {timeout:.0f} s (cluster.step_timeout_s)"
             ) from None
 
+    def _actor_options(self) -> dict[str, Any]:
+        share = 1 / (1 + self.cfg.cluster.rollout_actors) if self.device == "cuda" else 0
+        return {"num_cpus": 0, "num_gpus": share}
+
     def _start(self) -> None:
         if self._started:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Rewards and tools beside the recipe must load in the actors too; last, to shadow nothing.
+        paths = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         address = self.cfg.cluster.ray_address
         ray.init(
             address=address or "local",
@@ -89,15 +102,10 @@ class Cluster:
 
 
 class RemoteLearner:
-    """A learner in its own Ray actor, called like the class itself; close() frees it."""
+    """The learner in its Ray actor, called like the class itself; close() frees its memory."""
 
-    def __init__(self, cluster: Cluster, setup: Setup) -> None:
-        self._cluster = cluster
-        self._actor = (
-            ray.remote(_LearnerActor)
-            .options(**cluster.actor_options())
-            .remote(setup, cluster.threads)
-        )
+    def __init__(self, cluster: Cluster, actor: Any) -> None:
+        self._cluster, self._actor = cluster, actor
         self._pending: Any = None
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +114,7 @@ class RemoteLearner:
         return self._cluster.wait(reference, f"learner.{method}")
 
     def lm_step_soon(self, batches: Sequence[Batch]) -> dict[str, float] | None:
-        """Start an LM step and return the figures of the one before, so that batches are made meanwhile."""
+        """Start an LM step; returns the figures of the one before. Batches are made meanwhile."""
         before = self.settle()
         self._pending = self._actor.call.remote("lm_step", (batches,), {})
         return before
@@ -124,8 +132,8 @@ class RemoteLearner:
         return self._actor.call.remote("weights", (), {})
 
     def close(self) -> None:
-        """End the actor."""
-        ray.kill(self._actor)
+        """End the stage's learner; the actor stays for the next one."""
+        self._actor.stop.remote()
 
     def __enter__(self) -> Self:
         return self
@@ -135,14 +143,21 @@ class RemoteLearner:
 
 
 class _LearnerActor:
-    """Runs in the actor's process."""
+    """Runs in the actor's process: one learner after another."""
 
-    def __init__(self, setup: Setup, threads: int) -> None:
+    def __init__(self, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        self._learner: Learner | None = None
+
+    def start(self, setup: Setup) -> None:
+        self._learner = None  # the old model goes before the next one comes
         self._learner = Learner(setup)
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function: Callable[..., Any] = getattr(self._learner, method)
         return function(*args, **kwargs)
+
+    def stop(self) -> None:
+        self._learner = None

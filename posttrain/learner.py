@@ -142,6 +142,7 @@ class Learner:
         sums = {"lm_loss_dense": 0.0, "lm_loss_sparse": 0.0}
         kl: defaultdict[int, float] = defaultdict(float)
         recall: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros(2))
+        load: dict[int, Tensor] = {}
         counted = targets = queries = 0
         for batch in batches:
             tensors = self._tensors(batch)
@@ -160,6 +161,8 @@ class Learner:
                         kl[layer] += float(record.kl)
                     if record.recall is not None:
                         recall[layer] += record.recall.cpu()
+                    if record.load_X is not None and mode == "sparse":
+                        load[layer] = load.get(layer, 0) + record.load_X.cpu()
             targets += int(long_M.sum())
             counted += int((context.positions_T >= topk).sum())
             queries += len(batch.tokens_T)
@@ -176,6 +179,7 @@ class Learner:
         means = {name: value / max(targets, 1) for name, value in sums.items()}
         return means | {
             "layers": layers,
+            "expert_load": {n: (x / x.sum()).tolist() for n, x in sorted(load.items())},
             "heldout_tokens": queries,
             "counted_queries": counted,
             "counted_targets": targets,

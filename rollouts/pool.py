@@ -5,7 +5,7 @@ nothing is lost or doubled when an actor is killed in the middle of a step. Next
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -34,13 +34,20 @@ class PoolSetup:
 
 
 class Pool:
-    """Several rollout actors used as one engine."""
+    """Several rollout actors used as one engine; they outlive the stage that uses them."""
 
-    def __init__(self, setup: PoolSetup, cluster: config.Cluster) -> None:
-        self._setup, self._cluster = setup, cluster
+    def __init__(self, cluster: config.Cluster, actor_options: Mapping[str, Any]) -> None:
+        self._cluster, self._options = cluster, actor_options
+        self._setup: PoolSetup | None = None
         self._weights: tuple[int, Any] | None = None
         self.restarts = 0
         self._actors = [self._new_actor() for _ in range(cluster.rollout_actors)]
+
+    def start(self, setup: PoolSetup) -> Self:
+        """Load a checkpoint into every actor; what an earlier stage had loaded is forgotten."""
+        self._setup, self._weights, self.restarts = setup, None, 0
+        self._wait([(i, a.start.remote(setup)) for i, a in enumerate(self._actors)], "start")
+        return self
 
     def load(self, version: int, weights: Any) -> None:
         """Give all actors new weights (a Ray reference to a state dict)."""
@@ -73,9 +80,9 @@ class Pool:
         return [int(self._get(a.pid.remote(), "rollout actor")) for a in self._actors]
 
     def close(self) -> None:
-        """End all actors."""
+        """Free the models; the actors stay for the next stage."""
         for actor in self._actors:
-            ray.kill(actor)
+            actor.stop.remote()
 
     def __enter__(self) -> Self:
         return self
@@ -84,8 +91,7 @@ class Pool:
         self.close()
 
     def _new_actor(self) -> Any:
-        share = 1 / (1 + self._cluster.rollout_actors) if self._setup.device == "cuda" else 0
-        return ray.remote(_RolloutActor).options(num_cpus=0, num_gpus=share).remote(self._setup)
+        return ray.remote(_RolloutActor).options(**self._options).remote()
 
     def _replace(self, i: int) -> None:
         self.restarts += 1
@@ -95,6 +101,7 @@ class Pool:
                 f"rollout actors died {self.restarts} times; cluster.max_actor_restarts allows {allowed}"
             )
         self._actors[i] = self._new_actor()
+        self._get(self._actors[i].start.remote(self._setup), f"rollout actor {i}")
         if self._weights is not None:  # a fresh actor has the checkpoint's weights, not the learner's
             version, weights = self._weights
             self._get(self._actors[i].load.remote(version, weights), f"rollout actor {i}")
@@ -115,9 +122,13 @@ class Pool:
 
 
 class _RolloutActor:
-    """Runs in the actor's process: one engine."""
+    """Runs in the actor's process: one engine after another."""
 
-    def __init__(self, setup: PoolSetup) -> None:
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._max_rows = 1
+
+    def start(self, setup: PoolSetup) -> None:
         import torch
 
         from posttrain.model import checkpoint
@@ -125,20 +136,23 @@ class _RolloutActor:
         from posttrain.rollouts.torch_engine import TorchEngine
 
         torch.set_num_threads(setup.threads)
-        self._setup = setup
+        self._engine, self._max_rows = None, setup.max_rows
         tokenizer = checkpoint.load_tokenizer(setup.checkpoint)
         if setup.engine == "fake":
-            self._engine: Any = FakeEngine(tokenizer)
+            self._engine = FakeEngine(tokenizer)
             return
         load: Any = checkpoint.load_dense if setup.attention == "dense" else checkpoint.load
         model = load(setup.checkpoint, dtype=getattr(torch, setup.dtype), device=setup.device)
         self._engine = TorchEngine(model, tokenizer, setup.attention)
 
+    def stop(self) -> None:
+        self._engine = None
+
     def load(self, version: int, weights: dict[str, Any]) -> None:
         self._engine.load(version, weights)
 
     def generate(self, requests: Sequence[Request], settings: Sampling) -> list[Rollout]:
-        rollouts: list[Rollout] = self._engine.generate(requests, settings, max_rows=self._setup.max_rows)
+        rollouts: list[Rollout] = self._engine.generate(requests, settings, max_rows=self._max_rows)
         return rollouts
 
     def pid(self) -> int:
@@ -156,5 +170,3 @@ def _split(requests: Sequence[Request], parts: int) -> list[list[Request]]:
     share = max(1, -(-len(groups) // parts))
     chunks = [groups[i : i + share] for i in range(0, len(groups), share)]
     return [[request for group in chunk for request in group] for chunk in chunks]
-
-

@@ -1,0 +1,122 @@
+"""From tasks to groups: make the requests, generate, put the rollouts of a task together.
+
+Shared by RL, distillation and evaluation. A sample's seed comes from (seed, epoch, task, index) alone,
+so that it does not depend on batches, actors or restarts. Next: rollouts/pool.py, stages/rl.py.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from posttrain.config import Mix, Rollouts
+from posttrain.domains import Domain
+from posttrain.ledger import StageLedger
+from posttrain.model.checkpoint import attention_of
+from posttrain.rollouts.pool import Pool, PoolSetup
+from posttrain.rollouts.request import Request, Sampling
+from posttrain.schema import Group, Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupPlan:
+    """All completions wanted of one task."""
+
+    domain: Domain
+    task: Task
+    epoch: int
+    """How often the task was used before in this stage."""
+    requests: tuple[Request, ...]
+
+    @property
+    def ids(self) -> list[str]:
+        """Ledger ids of the completions."""
+        return [f"{self.task.id}#{self.epoch}.{r.index}" for r in self.requests]
+
+
+def plan(domain: Domain, task: Task, count: int, *, seed: int, epoch: int = 0) -> GroupPlan:
+    """`count` completions of a task."""
+    requests = tuple(
+        Request(
+            task=task,
+            index=i,
+            seed=sample_seed(seed, epoch, task.id, i),
+            max_new_tokens=domain.cfg.max_new_tokens,
+            max_turns=domain.cfg.max_turns,
+            tool=domain.tool,
+        )
+        for i in range(count)
+    )
+    return GroupPlan(domain=domain, task=task, epoch=epoch, requests=requests)
+
+
+def sample_seed(seed: int, epoch: int, task_id: str, index: int) -> int:
+    """63 bits that identify one sample of a stage."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{task_id}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def pool_setup(checkpoint: Path, cfg: Rollouts) -> PoolSetup:
+    """Engines for a checkpoint, dense or sparse as it is."""
+    attention = attention_of(checkpoint)
+    return PoolSetup(
+        checkpoint=checkpoint, attention=attention, engine=cfg.engine, max_rows=cfg.max_rows
+    )
+
+
+def sampling(cfg: Rollouts) -> Sampling:
+    """How training and distillation sample."""
+    return Sampling(
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        record_kept=cfg.record_kept,
+        record_experts=cfg.record_experts,
+    )
+
+
+class TaskOrder:
+    """Which tasks each step uses: every domain in shuffled epochs, domains by their weights."""
+
+    def __init__(self, domains: dict[str, Domain], mix: dict[str, Mix], *, seed: int) -> None:
+        total = sum(part.weight for part in mix.values())
+        self._share = {name: mix[name].weight / total for name in domains}
+        self._credit = dict.fromkeys(domains, 0.0)
+        self._streams = {name: _epochs(domain, seed) for name, domain in domains.items()}
+
+    def step(self, num_tasks: int) -> list[tuple[Domain, Task, int]]:
+        """Domain, task and epoch of the next tasks, domains together."""
+        for name, share in self._share.items():
+            self._credit[name] += share * num_tasks
+        counts = dict.fromkeys(self._share, 0)
+        for _ in range(num_tasks):  # always the domain that is most behind
+            name = max(self._credit, key=lambda n: self._credit[n])
+            self._credit[name] -= 1
+            counts[name] += 1
+        return [next(self._streams[name]) for name, count in counts.items() for _ in range(count)]
+
+
+def generate(pool: Pool, plans: Sequence[GroupPlan], settings: Sampling, ledger: StageLedger | None) -> list[Group]:
+    """The groups of all plans, in order; rollouts carry their engine's log-probs."""
+    ids = {(p.task.id, r.seed): id for p in plans for r, id in zip(p.requests, p.ids, strict=True)}
+
+    def note(requests: Sequence[Request], actor: str, error: str) -> None:
+        if ledger is not None:
+            ledger.generation_failed([ids[r.task.id, r.seed] for r in requests], actor, error)
+
+    rollouts = iter(pool.generate([r for p in plans for r in p.requests], settings, note))
+    groups = [
+        Group(task=p.task, rollouts=tuple(next(rollouts) for _ in p.requests)) for p in plans
+    ]
+    if ledger is not None:
+        ledger.generated([id for p in plans for id in p.ids])
+    return groups
+
+
+def _epochs(domain: Domain, seed: int) -> Iterator[tuple[Domain, Task, int]]:
+    rng = Random(f"{seed}/{domain.name}")
+    tasks = domain.split.train
+    for epoch in itertools.count():
+        for task in rng.sample(tasks, len(tasks)):
+            yield domain, task, epoch
