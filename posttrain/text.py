@@ -6,11 +6,9 @@ by its hash, is held out and never trained on. Left out: near-duplicates. Next: 
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,9 +16,9 @@ import pyarrow.parquet as pq
 from posttrain.config import TextData
 from posttrain.rollouts import chat
 from posttrain.schema import Sample
+from posttrain.table_file import rows
 
 _HELDOUT_ONE_IN = 50
-_ROWS_AT_ONCE = 1024
 
 
 def documents(data: TextData, tokenizer: chat.Tokenizer, *, heldout: bool) -> Iterator[Sample]:
@@ -87,76 +85,6 @@ def distilled(path: Path) -> list[Sample]:
         )
         for row in table.to_pylist()
     ]
-
-
-def rows(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a .jsonl or .parquet file or an hf:// set, with where it stands ("file:line").
-
-    hf://name?split=train&config=...&revision=...: a hub name or a local folder, streamed.
-    Raises ValueError naming the line for anything that cannot be read.
-    """
-    if uri.startswith("hf://"):
-        yield from _hub_rows(uri)
-    elif uri.endswith(".parquet"):
-        yield from _parquet_rows(Path(uri))
-    elif uri.endswith(".jsonl"):
-        yield from _json_rows(Path(uri))
-    else:
-        raise ValueError(f"{uri!r}: expected a .jsonl or .parquet file or an hf:// set")
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    return row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
-        raise ValueError(f"{path}: not a readable parquet file ({error})") from None
-    number = 0
-    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", row
-
-
-def _hub_rows(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import load_dataset  # heavy: only here
-
-    parts = urlsplit(uri)
-    name = parts.netloc + parts.path
-    options = dict(parse_qsl(parts.query))
-    try:
-        stream = load_dataset(
-            name,
-            options.get("config"),
-            split=options.get("split", "train"),
-            revision=options.get("revision"),
-            streaming=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{uri}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    for number, row in enumerate(stream, start=1):
-        yield f"{uri}:{number}", dict(row)
 
 
 def _cut(text: str, tokenizer: chat.Tokenizer, seq_len: int) -> Iterator[np.ndarray[Any, Any]]:
