@@ -7,7 +7,6 @@ Next: units.py for what makes a unit be done again, store.py for how it is commi
 import importlib
 import json
 import os
-import resource
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from posttrain import disk
 from posttrain.config import Distill, Run
 from posttrain.job import Job, Result, stage_seed
 from posttrain.ledger import Ledger
+from posttrain.memory import PeakMemory
 from posttrain.metrics import Metrics
 from posttrain.stages import STAGES, StageFailed
 from posttrain.store import Store
@@ -126,9 +126,11 @@ def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
     try:
         with metrics.stage(unit.name, unit.kind, ledger.attempt, getattr(unit, "steps", 0)):
             began, load = time.monotonic(), os.getloadavg()[0]
-            result = _function(unit.kind)(unit, job)
+            with PeakMemory() as peak:
+                result = _function(unit.kind)(unit, job)
             metrics.result(result.figures)
-            summary = _summary(unit, result, wall_s=time.monotonic() - began, load_start=load)
+            wall_s = time.monotonic() - began
+            summary = _summary(unit, result, wall_s=wall_s, load_start=load, peak=peak.bytes)
             disk.write_json(out / SUMMARY, summary | {"config": depends_on(cfg, unit)})
             store.commit(
                 unit.name,
@@ -146,8 +148,9 @@ def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
     driver.ledger.committed(unit.name, ledger.attempt)
 
 
-def _summary(unit: Unit, result: Result, *, wall_s: float, load_start: float) -> dict[str, Any]:
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _summary(
+    unit: Unit, result: Result, *, wall_s: float, load_start: float, peak: int
+) -> dict[str, Any]:
     return {
         "name": unit.name,
         "kind": unit.kind,
@@ -157,7 +160,7 @@ def _summary(unit: Unit, result: Result, *, wall_s: float, load_start: float) ->
         "figures": result.figures,
         "load_start": round(load_start, 2),
         "load_end": round(os.getloadavg()[0], 2),
-        "driver_peak_rss_bytes": peak_kib * 1024,
+        "peak_rss_bytes": peak,
     }
 
 
@@ -235,12 +238,16 @@ def _cluster(cfg: Run) -> "AbstractContextManager[Cluster]":
     return Cluster(cfg)
 
 
-def _report(path: Path) -> None:
-    importlib.import_module("posttrain.report").write(path)
+def _report(path: Path, *, show: bool = True) -> None:
+    from posttrain import report  # last: a run spends its time elsewhere
+
+    written = report.write(path)
+    if show:
+        print(f"\n{report.text(written)}\nreport: {path / 'report.html'}", flush=True)
 
 
 def _report_after_failure(driver: _Driver) -> None:
     try:
-        _report(driver.cfg.path)
+        _report(driver.cfg.path, show=False)
     except Exception as error:  # the failure that brought us here is the one to show
         driver.metrics.say(f"no report could be written: {type(error).__name__}: {error}")

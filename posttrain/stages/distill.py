@@ -144,11 +144,11 @@ def _row(id: str, group: Group, rollout: Rollout) -> dict[str, Any]:
 
 
 def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    from datasets import Dataset  # heavy: only here
+    import datasets  # heavy: only here
 
+    datasets.disable_progress_bars()  # the run has its own
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), out / DATA, compression="zstd")
-    # Read from memory: a cache file would be left in the user's home.
-    Dataset(pa.Table.from_pylist(rows, schema=SCHEMA)).save_to_disk(str(out / "dataset"))
+    datasets.Dataset(pa.Table.from_pylist(rows, schema=SCHEMA)).save_to_disk(str(out / "dataset"))
 
 
 def _hash(source: Path) -> str | None:
