@@ -1,0 +1,42 @@
+# make demo: the whole pipeline on this machine. make test: the fast tests. Both install what they need into .venv.
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo demo-seeds forgetting test test-full check bench
+help:
+	@echo "demo         install and run configs/demo.toml, about 10 minutes on two cores"
+	@echo "test         install and run the fast tests, under 10 minutes"
+	@echo "test-full    every test that needs no GPU"
+	@echo "check        ruff, mypy, posttrain check of every recipe"
+	@echo "demo-seeds   the demo on three seeds, with the dense control"
+	@echo "forgetting   sequential against mixed reinforcement learning on three seeds"
+	@echo "bench        seconds per step against TRL"
+
+$(INSTALLED): pyproject.toml constraints.txt .ci/install
+	.ci/install $(VENV)
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/posttrain run configs/demo.toml
+
+demo-seeds: $(INSTALLED)
+	$(BIN)/python benchmarks/demo_seeds.py
+
+forgetting: $(INSTALLED)
+	$(BIN)/python benchmarks/forgetting_seeds.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	for config in configs/*.toml; do $(BIN)/posttrain check $$config >/dev/null || exit 1; done
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/vs_trl.py
