@@ -1,0 +1,201 @@
+"""The torch engine: cached decoding is the full forward, samples depend on their seed alone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from posttrain.rollouts import chat, sampling
+from posttrain.rollouts.request import Request, Sampling
+from posttrain.rollouts.torch_engine import TorchEngine
+from posttrain.schema import Rollout, Task
+from posttrain.toy import lookup, sorting, tokenizer
+
+TOKENIZER = tokenizer.build()
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def engine() -> TorchEngine:
+    return TorchEngine(tiny.model(topk=7, seed=2), TOKENIZER)
+
+
+def _requests(num: int, *, new: int = 40, **fields: Any) -> list[Request]:
+    tasks = list(sorting.tasks(seed=5, n=(num + 1) // 2))
+    return [
+        Request(task=tasks[i // 2], index=i % 2, seed=1000 + i, max_new_tokens=new, **fields)
+        for i in range(num)
+    ]
+
+
+def _full_logits(engine: TorchEngine, rollout: Rollout) -> torch.Tensor:
+    context = tiny.packed([len(rollout.tokens)])
+    with torch.no_grad():
+        logits: torch.Tensor = engine.model(torch.from_numpy(rollout.tokens.astype(np.int64)), context)
+    return logits
+
+
+def _check_logprobs(engine: TorchEngine, rollouts: list[Rollout], settings: Sampling) -> None:
+    gaps = []
+    for rollout in rollouts:
+        logits = _full_logits(engine, rollout)[:-1]
+        logp = sampling.processed_logprobs(logits, settings.temperature, settings.top_p)
+        tokens = torch.from_numpy(rollout.tokens[1:].astype(np.int64))
+        wanted = logp.gather(1, tokens[:, None])[:, 0].numpy()
+        mask = rollout.sampled[1:]
+        gaps.append(np.abs(wanted - rollout.logprobs[1:])[mask])
+        assert (rollout.logprobs[~rollout.sampled] == 0).all()
+    assert np.concatenate(gaps).mean() < TOLERANCE
+    assert np.concatenate(gaps).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Sampling(), Sampling(temperature=0.7, top_p=0.9), Sampling(temperature=0.0)],
+    ids=["plain", "processed", "greedy"],
+)
+def test_cached_decoding_is_the_full_forward(engine: TorchEngine, settings: Sampling) -> None:
+    rollouts = engine.generate(_requests(9), settings)
+    assert max(len(r.tokens) for r in rollouts) > 40, "too short to need the top-k"
+    _check_logprobs(engine, rollouts, settings)
+    if settings.temperature == 0:
+        for rollout in rollouts:
+            best = _full_logits(engine, rollout)[:-1].argmax(-1).numpy()
+            assert (best == rollout.tokens[1:])[rollout.sampled[1:]].all()
+
+
+def test_recorded_keys_and_experts_are_those_of_the_full_forward(engine: TorchEngine) -> None:
+    settings = Sampling(record_kept=True, record_experts=True)
+    for rollout in engine.generate(_requests(5), settings):
+        context = tiny.packed([len(rollout.tokens)])
+        with torch.no_grad():
+            engine.model(torch.from_numpy(rollout.tokens.astype(np.int64)), context)
+        assert rollout.kept is not None and rollout.experts is not None
+        num = len(rollout.tokens) - 1
+        assert rollout.kept.shape == (3, num, 7) and rollout.experts.shape == (2, num, 2)
+        for layer in range(3):
+            kept = context.records[layer].kept_BQK
+            assert kept is not None
+            assert (kept[0, :num].numpy() == rollout.kept[layer]).all()
+        for i, layer in enumerate((1, 2)):
+            experts = context.records[layer].experts_TE
+            assert experts is not None
+            assert (experts[:num].sort(-1).values.numpy() == np.sort(rollout.experts[i], -1)).all()
+
+
+def test_a_sample_depends_on_its_seed_alone(engine: TorchEngine) -> None:
+    requests = _requests(12)
+    together = engine.generate(requests, Sampling())
+    apart = engine.generate(list(reversed(requests)), Sampling(), max_rows=3)
+    for a, b in zip(together, reversed(apart), strict=True):
+        assert (a.tokens == b.tokens).all()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert len({r.tokens.tobytes() for r in together}) == 12
+
+
+def test_ignore_eos_gives_exactly_the_tokens_asked_for(engine: TorchEngine) -> None:
+    rollouts = engine.generate(_requests(8, new=33), Sampling(ignore_eos=True))
+    assert {r.num_sampled for r in rollouts} == {33}
+    assert {r.stop for r in rollouts} == {"length"}
+
+
+class _Scripted:
+    """A model that says what it is told: one-hot logits for the next token of a script."""
+
+    def __init__(self, engine: TorchEngine, script: dict[int, int]) -> None:
+        self.config, self.lm_head = engine.model.config, engine.model.lm_head
+        self._script = script
+
+    def __call__(self, tokens_T: torch.Tensor, context: Any, at: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((len(at), len(TOKENIZER)), -30.0)
+        for row, position in enumerate(context.positions_T[at].tolist()):
+            logits[row, self._script[position]] = 30.0
+        return logits
+
+
+def test_turns_with_a_tool_by_hand(engine: TorchEngine) -> None:
+    """Two calls and an answer: the tool's tokens are forced, masked out, and never sampled."""
+    task = next(iter(lookup.tasks(seed=1, n=1)))
+    chain, name = task.meta["chain"], task.meta["person"]
+    relation = task.meta["facts"][chain[0]]
+    first = f"<call> {chain[0]} ( {name} ) </call>"
+    second = f"<call> {chain[1]} ( {relation[name]} ) </call>"
+    messages = [*task.messages]
+    for text in (first, second):
+        messages.append({"role": "assistant", "content": text})
+        messages.append({"role": "tool", "content": lookup.respond(task, text)})
+    messages.append({"role": "assistant", "content": "answer bob"})
+    tokens, mask = chat.encode_with_mask(TOKENIZER, messages)
+    scripted = TorchEngine.__new__(TorchEngine)
+    scripted.__dict__.update(engine.__dict__)
+    scripted.model = _Scripted(engine, {i - 1: t for i, t in enumerate(tokens) if i})  # type: ignore[assignment]
+    request = Request(task=task, index=0, seed=1, max_new_tokens=64, max_turns=4, tool=lookup.respond)
+    (rollout,) = scripted.generate([request], Sampling())
+    assert rollout.tokens.tolist() == tokens
+    assert rollout.sampled.tolist() == mask
+    assert rollout.stop == "eos"
+    assert [m["role"] for m in rollout.messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
+    assert rollout.messages[-1]["content"] == "answer bob"
+    assert rollout.text == f"{first}\n{second}\nanswer bob"
+
+    (cut,) = scripted.generate([Request(**(_fields(request) | {"max_turns": 2}))], Sampling())
+    assert cut.stop == "turns"
+    assert [m["role"] for m in cut.messages] == ["assistant", "tool", "assistant"]
+    (short,) = scripted.generate([Request(**(_fields(request) | {"max_new_tokens": 9}))], Sampling())
+    assert short.stop == "length"
+    assert len(short.tokens) == len(chat.encode_prompt(TOKENIZER, task)) + 9
+
+
+def _fields(request: Request) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in Request.__slots__}
+
+
+def test_logprobs_are_right_after_tool_results(engine: TorchEngine) -> None:
+    """A random model never writes a call, so this tool answers any turn."""
+
+    def tool(task: Task, text: str) -> str | None:
+        return "boss of ann is bob"
+
+    requests = [
+        Request(task=t, index=0, seed=i, max_new_tokens=90, max_turns=3, tool=tool)
+        for i, t in enumerate(lookup.tasks(seed=3, n=24))
+    ]
+    eager = TorchEngine(tiny.model(topk=7, seed=2), TOKENIZER)
+    with torch.no_grad():
+        eager.model.lm_head.weight[TOKENIZER.eos_token_id] += 0.5  # end turns early
+    rollouts = eager.generate(requests, Sampling())
+    assert any(len(r.messages) >= 3 for r in rollouts), "no rollout took a tool result"
+    _check_logprobs(eager, rollouts, Sampling())
+
+
+def test_processed_distribution_by_hand() -> None:
+    logits = torch.tensor([[math_log(0.5), math_log(0.3), math_log(0.15), math_log(0.05)]])
+    kept = sampling.processed_logprobs(logits, 1.0, 0.6).exp()[0]
+    assert kept.tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=1e-6)
+    hot = sampling.processed_logprobs(logits, 0.5, 1.0).exp()[0]
+    total = 0.25 + 0.09 + 0.0225 + 0.0025
+    assert hot.tolist() == pytest.approx([x / total for x in (0.25, 0.09, 0.0225, 0.0025)], abs=1e-6)
+
+
+def math_log(x: float) -> float:
+    return float(np.log(x))
+
+
+def test_choice_is_the_inverse_of_the_cumulative_distribution() -> None:
+    logp = torch.log(torch.tensor([[0.5, 0.0, 0.3, 0.2]])).expand(5, 4)
+    uniforms = torch.tensor([0.0, 0.499, 0.501, 0.799, 0.9999999])
+    assert sampling.choose(logp, uniforms, greedy=False).tolist() == [0, 0, 2, 2, 3]
+    assert sampling.choose(logp, uniforms, greedy=True).tolist() == [0] * 5
+
+
+def test_uniform_numbers_are_uniform_and_differ_between_neighbours() -> None:
+    seeds = np.arange(200, dtype=np.uint64)
+    numbers = np.concatenate([sampling.uniforms(seeds, np.full(200, p)) for p in range(50)])
+    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.mean() == pytest.approx(0.5, abs=0.01)
+    assert numbers.std() == pytest.approx(12**-0.5, abs=0.01)
+    assert len(np.unique(numbers)) > 9_990
+    grid = numbers.reshape(50, 200)
+    assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
