@@ -48,7 +48,7 @@ def figures(report: dict[str, Any]) -> seeds.Row:
         "LM loss sparse - dense after sparse": sparse["lm_gap"],
         "LM loss sparse - dense, untrained indexer": stages["warmup"]["untrained_lm_gap"],
         "recall relative to the oracle, worst layer": sparse["recall"],
-        "counted held-out tokens": sparse["counted_queries"],
+        "counted held-out tokens": min(sparse["counted_queries"], sparse["counted_targets"]),
         "dense base, mean pass@1 (%)": seeds.mean(sampled, "pretrain"),
         "sparse base, mean pass@1 (%)": seeds.mean(sampled, "sparse"),
         "sparse base, greedy (%)": seeds.mean(greedy, "sparse"),

@@ -10,6 +10,10 @@ Shape letters: T tokens, D hidden, V vocabulary, M positions whose logits are wa
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
@@ -107,5 +111,11 @@ def target_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float = 1
     """log softmax(logits / temperature) at the targets, fp32 [M]."""
     return -F.cross_entropy(logits_MV / temperature, targets_M, reduction="none")
 
+
+# In checkpoints every expert has weights of its own, in memory they are stacked. transformers leaves models
+# that are not its own out of that translation unless the mapping was registered by hand.
+register_checkpoint_conversion_mapping(
+    "deepseek_v32", get_checkpoint_conversion_mapping("deepseek_v32"), overwrite=True
+)
 
 __all__ = ["DeepseekV32Config", "DeepseekV32ForCausalLM", "RMSNorm", "target_logprobs"]

@@ -159,7 +159,7 @@ class Warmup(_Stage):
     data: TextData = TextData()
     optimizer: Optimizer
     heldout_tokens: int = Field(50_000, ge=1)
-    """Tokens of the held-out text that the figures of this stage are measured on."""
+    """Held-out targets, predicted from more than top-k keys, that the stage's figures are measured on."""
     evaluate: bool = False
 
 

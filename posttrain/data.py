@@ -57,16 +57,16 @@ def lm_stream(
 
 
 def counted(stream: Iterable[Sample], *, topk: int, at_least: int) -> list[Sample]:
-    """The first samples that together hold at_least tokens with more than topk causal keys."""
+    """The first samples that hold at_least targets predicted from a query with more than topk keys."""
     chosen: list[Sample] = []
     total = 0
     for sample in stream:
         chosen.append(sample)
-        total += max(0, len(sample.tokens) - topk)
+        total += int(sample.mask[topk + 1 :].sum())  # token t is predicted at t - 1, from t keys
         if total >= at_least:
             return chosen
     raise ValueError(
-        f"held-out data has only {total} tokens with more than {topk} causal keys, {at_least} wanted; "
+        f"held-out data has only {total} targets with more than {topk} causal keys, {at_least} wanted; "
         "lower heldout_tokens or add data"
     )
 

@@ -5,6 +5,7 @@ use, answers one JSON line per question, and ends with its parent (its stdin clo
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import select
@@ -40,9 +41,11 @@ class MathWorker:
     def close(self) -> None:
         """End the process."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
+        if process is None:
+            return
+        process.kill()
+        with contextlib.suppress(OSError):  # what it has not read is lost with it
+            process.communicate()
 
     def _ask(self, question: dict[str, str]) -> str:
         process = self._process or self._start()

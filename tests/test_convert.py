@@ -80,7 +80,7 @@ def test_fp8_checkpoint_is_dequantised(tmp_path: Path) -> None:
 def test_prediction_layers_are_dropped_and_said_so(tmp_path: Path) -> None:
     source = tiny.dense_checkpoint(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
-    extra = {n.replace("layers.2.", "layers.3."): t for n, t in tensors.items() if "layers.2." in n}
+    extra = {n.replace("layers.2.", "layers.3."): t.clone() for n, t in tensors.items() if "layers.2." in n}
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
     report = convert(source, tmp_path / "out", **OPTIONS)
     assert report.dropped_layers == (3,)

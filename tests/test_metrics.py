@@ -1,6 +1,7 @@
 """Metrics: the file, the plain lines and the live line. Run: pytest tests/test_metrics.py"""
 
 import io
+import time
 import json
 from pathlib import Path
 
@@ -96,10 +97,11 @@ def test_with_a_terminal_the_line_is_live_and_the_finished_one_stays(
     terminal = Console(file=out, force_terminal=True, width=120, color_system=None)
     with Metrics(tmp_path, Progress(terminal)) as metrics, metrics.stage("rl", "rl", 1, 4):
         metrics.log(0, {"reward": 0.5})
+        time.sleep(1.0)  # the line is drawn twice a second
         metrics.say("a word in between")
     text = out.getvalue()
     assert "1/4" in text and "reward 0.500" in text and "a word in between" in text
-    assert "rl: done in 0." in text
+    assert "rl: done in 1." in text
     assert "\x1b[?25h" in text  # the cursor is shown again
 
 
