@@ -1,14 +1,19 @@
 """The rules of the layout: who may import whom, and what every file looks like."""
 
 import ast
+import re
 import subprocess
 import sys
+import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("rollouts", "rewards", "model", "kernels")
+LONGER = {"posttrain.config": 500}
+"""Every knob of the system is in one module."""
 
 
 def _name(path: Path) -> str:
@@ -80,7 +85,9 @@ def test_check_config_and_rewards_import_no_torch(name: str) -> None:
         assert not _uses(reachable, heavy), f"{name} imports {heavy}"
 
 
-@pytest.mark.parametrize("name", [n for n in SOURCES if n.startswith(("posttrain.model.", "posttrain.kernels."))])
+@pytest.mark.parametrize(
+    "name", [n for n in SOURCES if n.startswith(("posttrain.model.", "posttrain.kernels."))]
+)
 def test_model_and_kernels_know_neither_config_nor_ray(name: str) -> None:
     imports = _imports(name, top_only=False)
     for foreign in ("ray", "posttrain.config", "posttrain.stages", "posttrain.rollouts", "posttrain.rewards"):
@@ -118,7 +125,7 @@ def test_the_four_folders_are_linked_and_hold_no_init() -> None:
 @pytest.mark.parametrize("name", list(SOURCES))
 def test_files_and_functions_keep_their_size(name: str) -> None:
     text = SOURCES[name].read_text()
-    assert len(text.splitlines()) <= 460, "a file holds one noun"
+    assert len(text.splitlines()) <= LONGER.get(name, 450), "a file holds one noun"
     assert ast.get_docstring(TREES[name]), "say what the module is"
     assert text.isascii()
     for node in ast.walk(TREES[name]):
@@ -127,6 +134,32 @@ def test_files_and_functions_keep_their_size(name: str) -> None:
             assert node.end_lineno - node.lineno < 60, f"{node.name} does not fit a screen"
 
 
+def test_every_folder_with_code_is_packaged_once() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = table["packages"]
+    folders = {name.rpartition(".")[0] for name in SOURCES if SOURCES[name].name != "__init__.py"}
+    assert set(packages) == folders | {"posttrain.stages", "posttrain.toy", "posttrain"}
+    assert len(packages) == len(set(packages))
+    assert table["package-dir"] == {"posttrain": "posttrain", **{f"posttrain.{f}": f for f in FOLDERS}}
+
+
+def test_constraints_pin_exact_versions_without_addresses() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins), pins
+    assert not any(pin.lower().startswith(("nvidia-", "cuda-")) for pin in pins)
+
+
 def test_the_command_line_loads_no_torch() -> None:
-    code = "import sys, posttrain.cli, posttrain.check; sys.exit('torch' in sys.modules)"
+    code = "import sys, posttrain.cli, posttrain.config, posttrain.check; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_check_of_a_config_answers_within_a_second() -> None:
+    command = [sys.executable, "-m", "posttrain", "check", "configs/v32.toml", "--config-only"]
+    fastest = float("inf")
+    for _ in range(3):  # the best of three: the machine may be busy
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        fastest = min(fastest, time.perf_counter() - start)
+    assert fastest < 1.0
