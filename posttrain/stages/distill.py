@@ -147,8 +147,11 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
     import datasets  # heavy: only here
 
     datasets.disable_progress_bars()  # the run has its own
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), out / DATA, compression="zstd")
-    datasets.Dataset(pa.Table.from_pylist(rows, schema=SCHEMA)).save_to_disk(str(out / "dataset"))
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    pq.write_table(table, out / DATA, compression="zstd")
+    # The file's own hash: the library would pickle the table for one, which Python 3.12 refuses.
+    fingerprint = file_hash(out / DATA)[:16]
+    datasets.Dataset(table, fingerprint=fingerprint).save_to_disk(str(out / "dataset"))
 
 
 def _hash(source: Path) -> str | None:
