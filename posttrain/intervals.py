@@ -15,6 +15,7 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     """Interval of a share; ValueError for n = 0."""
     if n <= 0:
         raise ValueError("n=0: no interval without a trial")
+    assert 0 <= successes <= n, f"{successes} successes of {n}"
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -22,7 +23,11 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float], z: float = Z95) -> tuple[float, float]:
-    """Normal interval of the mean of shares, cut to 0..1; one value has the widest."""
+    """Normal interval of the mean of shares, cut to 0..1; one value has the widest.
+
+    For tasks with several samples each: the value of a task is its share of passes, and the spread is
+    that between tasks. Equal values give an interval of no width, so read it beside n.
+    """
     if not values:
         raise ValueError("no values: no interval")
     if len(values) == 1:
