@@ -49,7 +49,7 @@ class Chart:
     """Names of the places 0, 1, ... where the axis has no numbers."""
     log: bool = False
     share: bool = False
-    """Values are shares: the axis shows all of 0 to 1, or the part of it that matters."""
+    """Values are shares: the axis shows all of 0 to 1, so that charts can be compared."""
 
 
 def figure(chart: Chart) -> str:
@@ -57,15 +57,21 @@ def figure(chart: Chart) -> str:
     drawn = [s for s in (_drawable(s, log=chart.log) for s in chart.series) if s.points]
     if not drawn:
         return ""
+    zeros = sum(y == 0 for s in chart.series for _, y in s.points) if chart.log else 0
+    notes = [f"{zeros} steps at 0 are not drawn"] if zeros else []
+    most = max(len(s.points) for s in drawn)
+    drawn = [thin(s) for s in drawn]
+    if most > _MOST_POINTS:
+        notes.append(f"each point is the mean of up to {-(-most // _MOST_POINTS)} steps")
+    note = f"<small>{'; '.join(notes)}</small>" if notes else ""
     legend = "".join(
-        f'<li><svg viewBox="0 0 16 8" aria-hidden="true"><path d="M0 4H16" {_stroke(s)}/></svg>'
+        f'<li><svg viewBox="0 0 16 8" aria-hidden="true"><path d="M0 4H16" {_stroke(s)}/></svg> '
         f"{escape(s.name)} <b>{short(s.points[0][1])} &rarr; {short(s.points[-1][1])}</b></li>"
         for s in drawn
     )
     return (
-        f'<figure class="chart"><figcaption>{escape(chart.title)} '
-        f"<small>{escape(chart.unit)}</small></figcaption>"
-        f'{_svg(chart, [thin(s) for s in drawn])}<ul class="legend">{legend}</ul></figure>'
+        f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>'
+        f'{_svg(chart, drawn)}<ul class="legend">{legend}</ul>{note}</figure>'
     )
 
 
@@ -158,7 +164,7 @@ def _y_axis(chart: Chart, values: Sequence[float]) -> tuple[float, float, list[f
     if chart.log:
         return _decades(low, high)
     if chart.share and high <= 1 and low >= 0:
-        high, low = 1.0, (0.0 if low < 0.5 else 0.5)
+        low, high = 0.0, 1.0
     elif low >= 0 and low < 0.6 * high:
         low = 0.0  # a line that falls to nothing should be seen to
     ticks = _ticks(low, high, 5)
@@ -185,6 +191,8 @@ def _x_axis(chart: Chart, values: Sequence[float]) -> tuple[float, float, list[t
     low, high = min(values), max(values)
     if low == high:
         return low - 1, high + 1, [(low, short(low))]
+    if 0 < low < 0.1 * high:
+        low = 0.0  # counted from one, or the mean of the first steps
     steps = [tick for tick in _ticks(low, high, 5) if tick == round(tick)]
     return low, high, [(tick, short(tick)) for tick in steps]
 

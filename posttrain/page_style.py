@@ -34,13 +34,14 @@ small { font-size: 11.5px; color: var(--muted); font-weight: 400; }
 .notice { background: var(--warn); padding: 10px 14px; border-radius: 6px; overflow-wrap: anywhere; }
 
 .tiles {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 10px;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(158px, 1fr)); gap: 10px;
   list-style: none; margin: 18px 0 0; padding: 0;
 }
 .tiles li { background: var(--panel); border-radius: 8px; padding: 11px 13px; overflow-wrap: anywhere; }
 .tiles span, .tiles b, .tiles small { display: block; }
 .tiles span { font-size: 12.5px; color: var(--muted); }
-.tiles b { font-size: 20px; line-height: 1.3; margin: 2px 0; font-variant-numeric: tabular-nums; }
+.tiles b { font-size: 18px; line-height: 1.3; margin: 2px 0; font-variant-numeric: tabular-nums; }
+.tiles i { font-style: normal; font-weight: 400; font-size: 12.5px; color: var(--muted); }
 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; }
@@ -48,8 +49,6 @@ caption { text-align: left; font-size: 13px; color: var(--muted); padding-bottom
 th, td { padding: 5px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; }
 thead th { font-size: 12px; color: var(--muted); vertical-align: bottom; }
-thead td { border: 0; }
-th[colspan] { border-left: 10px solid var(--bg); text-align: center; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .stages { width: 100%; }
 .stages small { display: block; line-height: 1.3; }
@@ -61,7 +60,8 @@ th[colspan] { border-left: 10px solid var(--bg); text-align: center; }
 .to-do, .none { color: var(--muted); }
 .outdated td { text-decoration: line-through; }
 
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); gap: 20px 36px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 20px 36px; }
+.pair table { width: 100%; max-width: 440px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px; }
 .chart { margin: 0; padding: 10px 12px; border: 1px solid var(--rule); border-radius: 8px; break-inside: avoid; }
 .chart figcaption { font-weight: 600; font-size: 13.5px; margin-bottom: 4px; }
@@ -82,9 +82,10 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; margi
 dt { color: var(--ink); }
 dd { margin: 0; color: var(--muted); }
 
-@media (max-width: 860px) {
+@media screen and (max-width: 860px) {
   main { padding: 18px 14px 32px; }
   .tiles { grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); }
+  .tiles b { font-size: 16px; }
   .stages thead { display: none; }
   .stages tr {
     display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px;
@@ -96,7 +97,7 @@ dd { margin: 0; color: var(--muted); }
   .stages .own { padding: 0 6px; border-radius: 4px; margin-left: -6px; }
   .stages .none { display: none; }
   .score span { min-width: 0; }
-  .layers th, .layers td { padding: 4px 6px; font-size: 12px; }
+  .pair th, .pair td { padding: 4px 7px; font-size: 12px; }
 }
 @media print {
   :root {
@@ -108,8 +109,16 @@ dd { margin: 0; color: var(--muted); }
   body { font-size: 11px; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   .wide { overflow: visible; }
+  .tiles { grid-template-columns: repeat(4, 1fr); }
+  .tiles b { font-size: 14px; }
+  small, .stages i { font-size: 8.5px; }
+  table, caption, .note, dl { font-size: 10px; }
+  th, td { padding: 3px 4px; }
+  thead th { font-size: 9px; }
+  .score span { min-width: 31px; }
+  .greedy { margin-left: 2px; }
   .charts { grid-template-columns: repeat(2, 1fr); }
-  tr, .tiles li { break-inside: avoid; }
+  tr, .tiles li, .pair .wide { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
 """

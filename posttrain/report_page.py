@@ -83,8 +83,11 @@ def _tiles(report: Report, _: Rows) -> str:
     return f'<ul class="tiles">{"".join(tiles)}</ul>'
 
 
-def _tile(label: str, value: str, note: str) -> str:
-    return f"<li><span>{escape(label)}</span><b>{escape(value)}</b><small>{escape(note)}</small></li>"
+def _tile(label: str, value: str, note: str, *, unit: str = "") -> str:
+    return (
+        f"<li><span>{escape(label)}</span><b>{escape(value)} <i>{unit}</i></b>"
+        f"<small>{escape(note)}</small></li>"
+    )
 
 
 def _final_tile(summary: Mapping[str, Any]) -> str:
@@ -96,7 +99,7 @@ def _final_tile(summary: Mapping[str, Any]) -> str:
         points = summary["final_minus_base_greedy_points"]
         note += f"; greedy {points:+.1f} ({_percent(base)} to {_percent(final)} %)"
     label = f"{summary['final_stage']} against {summary['base_stage']}"
-    return _tile(label, f"{summary['final_minus_base_points']:+.1f} points", note)
+    return _tile(label, f"{summary['final_minus_base_points']:+.1f}", note, unit="points")
 
 
 def _specialist_tile(summary: Mapping[str, Any]) -> str:
@@ -108,24 +111,24 @@ def _specialist_tile(summary: Mapping[str, Any]) -> str:
     if not gains:
         return ""
     note = ", ".join(f"{domain} {gain:+.1f}" for domain, gain in gains.items())
-    value = f"{_range(list(gains.values()), lambda gain: f'{gain:+.1f}')} points"
-    return _tile("Specialists in their own domain", value, note)
+    value = _range(list(gains.values()), lambda gain: f"{gain:+.1f}")
+    return _tile("Specialists in their own domain", value, note, unit="points")
 
 
 def _gap_tile(summary: Mapping[str, Any]) -> str:
     if "lm_gap" not in summary:
         return ""
-    note = "nats per token, held out"
+    note = "per token, held out"
     if "untrained_lm_gap" in summary:
         note += f"; with untrained indexers {summary['untrained_lm_gap']:+.2f}"
-    return _tile("LM loss, sparse minus dense", f"{summary['lm_gap']:+.4f}", note)
+    return _tile("LM loss, sparse minus dense", f"{summary['lm_gap']:+.4f}", note, unit="nats")
 
 
 def _recall_tile(summary: Mapping[str, Any]) -> str:
     if "min_recall_ratio" not in summary:
         return ""
     note = "attention the indexer catches, of what the best choice of as many keys would"
-    return _tile("Recall, worst layer", f"{_percent(summary['min_recall_ratio'])} %", note)
+    return _tile("Recall, worst layer", _percent(summary["min_recall_ratio"]), note, unit="%")
 
 
 def _logprob_tile(summary: Mapping[str, Any]) -> str:
@@ -231,18 +234,20 @@ def _conversion(report: Report, _: Rows) -> str:
     measured = [stage for stage in report["stages"] if stage["figures"].get("layers")]
     if not measured:
         return ""
+    counted = [s["figures"]["counted_targets"] for s in measured if s["figures"].get("counted_targets")]
+    held_out = f" ({_range(counted, lambda n: f'{n:,}')} tokens)" if counted else ""
     notes = (
         "Recall is the share of the dense attention that falls on the kept keys; the oracle keeps the "
-        "keys with the most attention. Held out; recall and losses count queries with more keys than are kept."
+        f"keys with the most attention. Held out{held_out}: queries with more keys than are kept."
     )
     return (
         f'<section><h2>Conversion to sparse attention</h2><p class="note">{notes}</p><div class="pair">'
-        f"{_losses(measured)}{_layers(measured)}</div></section>"
+        f"{_losses(measured)}{''.join(map(_layers, measured))}</div></section>"
     )
 
 
 def _losses(measured: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("after", "dense", "sparse", "sparse - dense", "untrained", "tokens")
+    heads = ("after", "dense", "sparse", "gap", "untrained")
     body = ""
     for stage in measured:
         figures = stage["figures"]
@@ -251,7 +256,6 @@ def _losses(measured: Sequence[Mapping[str, Any]]) -> str:
             _number(figures.get("lm_loss_sparse"), ".4f"),
             _number(figures.get("lm_gap"), "+.4f"),
             _number(figures.get("untrained_lm_gap"), "+.4f"),
-            _number(figures.get("counted_targets", figures.get("heldout_tokens")), ",.0f"),
         ]
         body += f'<tr><th scope="row">{escape(stage["name"])}</th>{_cells(cells)}</tr>'
     return (
@@ -260,24 +264,16 @@ def _losses(measured: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _layers(measured: Sequence[Mapping[str, Any]]) -> str:
-    groups = "".join(f'<th colspan="4" scope="colgroup">{escape(stage["name"])}</th>' for stage in measured)
-    by_layer: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for stage in measured:
-        for layer in stage["figures"]["layers"]:
-            by_layer.setdefault(layer["layer"], {})[stage["name"]] = layer
+def _layers(stage: Mapping[str, Any]) -> str:
     body = ""
-    for number, of in sorted(by_layer.items()):
-        cells = []
-        for stage in measured:
-            layer = of.get(stage["name"], {})
-            cells.append(_number(layer.get("kl"), ".4f"))
-            cells += [_number(layer.get(key), ".3f") for key in ("recall", "recall_oracle", "recall_ratio")]
-        body += f'<tr><th scope="row">{number}</th>{_cells(cells)}</tr>'
-    heads = ("layer", *("KL", "recall", "oracle", "ratio") * len(measured))
+    for layer in stage["figures"]["layers"]:
+        cells = [_number(layer.get("kl"), ".4f")]
+        cells += [_number(layer.get(key), ".3f") for key in ("recall", "recall_oracle", "recall_ratio")]
+        body += f'<tr><th scope="row">{layer["layer"]}</th>{_cells(cells)}</tr>'
     return (
-        '<div class="wide"><table class="layers"><caption>Indexers by layer; KL in nats per query</caption>'
-        f"<thead><tr><td></td>{groups}</tr><tr>{_heads(heads)}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="wide"><table><caption>Indexers after {escape(stage["name"])}; KL in nats per query'
+        f"</caption><thead><tr>{_heads(('layer', 'KL', 'recall', 'oracle', 'ratio'))}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -316,14 +312,19 @@ def _curves(report: Report, rows: Rows) -> str:
 def _rewards(by_stage: Mapping[str, Rows], domains: Sequence[str]) -> list[Chart]:
     charts = []
     for name, rows in by_stage.items():
-        parts = sorted({key for row in rows for key in row if key.startswith("reward/")})
+        named = {key for row in rows for key in row if key.startswith("reward/")}
+        parts = sorted(named, key=lambda key: (_place(key.removeprefix("reward/"), domains), key))
         series = []
         for key in parts or ["reward"]:
             domain = key.removeprefix("reward/")
-            colour = domains.index(domain) if domain in domains else parts.index(key) if parts else 0
-            series.append(_series(rows, key, domain, colour))
+            # A domain has the same colour in every chart.
+            series.append(_series(rows, key, domain, _place(domain, domains)))
         charts.append(Chart(title=name, unit="mean reward", series=tuple(series), share=True))
     return charts
+
+
+def _place(domain: str, domains: Sequence[str]) -> int:
+    return domains.index(domain) if domain in domains else len(domains)
 
 
 def _rollouts(by_stage: Mapping[str, Rows]) -> list[Chart]:
@@ -339,11 +340,15 @@ def _rollouts(by_stage: Mapping[str, Rows]) -> list[Chart]:
 
 
 def _lm_losses(by_stage: Mapping[str, Rows]) -> list[Chart]:
-    return [
-        Chart(title=name, unit="nats / token", series=(_series(rows, "loss", "loss", 0),))
-        for name, rows in by_stage.items()
-        if not any("reward" in row for row in rows)
-    ]
+    charts = []
+    for name, rows in by_stage.items():
+        series = _series(rows, "loss", "loss", 0)
+        values = [y for _, y in series.points if y > 0]
+        if values and not any("reward" in row for row in rows):
+            # A loss that falls by a factor of ten or more says nothing on a linear axis.
+            log = max(values) > 10 * min(values)
+            charts.append(Chart(title=name, unit="nats / token", series=(series,), log=log))
+    return charts
 
 
 def _indexer_kl(by_stage: Mapping[str, Rows]) -> list[Chart]:
@@ -373,7 +378,6 @@ def _recall(report: Report) -> Chart:
         x_unit="stage",
         x_names=names,
         series=tuple(spread(series)),
-        share=True,
     )
 
 
