@@ -51,6 +51,8 @@ th { font-weight: 600; }
 thead th { font-size: 12px; color: var(--muted); vertical-align: bottom; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .stages { width: 100%; }
+.stages thead .n { white-space: normal; overflow-wrap: anywhere; min-width: 64px; }
+.stages tr > :first-child { position: sticky; left: 0; background: var(--bg); min-width: 170px; }
 .stages small { display: block; line-height: 1.3; }
 .stages i { font-style: normal; font-weight: 400; font-size: 11.5px; color: var(--muted); margin-left: 4px; }
 .score span { display: inline-block; min-width: 45px; }
@@ -88,12 +90,15 @@ dd { margin: 0; color: var(--muted); }
   .tiles b { font-size: 16px; }
   .stages thead { display: none; }
   .stages tr {
-    display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px;
+    display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px;
     padding: 10px 0; border-bottom: 1px solid var(--rule);
   }
   .stages th, .stages td { border: 0; padding: 0; text-align: left; }
-  .stages th { grid-column: 1 / -1; }
-  .stages td::before { content: attr(data-label); display: block; font-size: 11px; color: var(--muted); font-weight: 400; }
+  .stages tr > :first-child { grid-column: 1 / -1; position: static; }
+  .stages td::before {
+    content: attr(data-label); display: block; white-space: normal; overflow-wrap: anywhere;
+    font-size: 11px; color: var(--muted);
+  }
   .stages .own { padding: 0 6px; border-radius: 4px; margin-left: -6px; }
   .stages .none { display: none; }
   .score span { min-width: 0; }
@@ -109,6 +114,7 @@ dd { margin: 0; color: var(--muted); }
   body { font-size: 11px; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   .wide { overflow: visible; }
+  .stages tr > :first-child { min-width: 0; }
   .tiles { grid-template-columns: repeat(4, 1fr); }
   .tiles b { font-size: 14px; }
   small, .stages i { font-size: 8.5px; }
