@@ -46,7 +46,9 @@ def main() -> None:
     if len(gaps) > 1:
         half = Z95 * statistics.stdev(gaps) / len(gaps) ** 0.5
         mean = statistics.fmean(gaps)
-        print(f"\ntogether - sequence over {len(gaps)} seeds: {mean:+.1f} points, 95 % interval of the mean +- {half:.1f}")
+        print(
+            f"\ntogether - sequence over {len(gaps)} seeds: {mean:+.1f} points, 95 % interval of the mean +- {half:.1f}"
+        )
 
 
 if __name__ == "__main__":

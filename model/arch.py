@@ -9,11 +9,11 @@ Shape letters: T tokens, D hidden, V vocabulary, M positions whose logits are wa
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
@@ -39,6 +39,7 @@ class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = DsaAttention(config, layer_idx)
+        assert config.mlp_layer_types is not None, "set by the config itself"
         if config.mlp_layer_types[layer_idx] == "sparse":
             self.mlp = DsaMoE(config)
             self.mlp.layer_idx = layer_idx
@@ -52,7 +53,8 @@ class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, context)
         normed_TD = self.post_attention_layernorm(x_TD)
         is_moe = isinstance(self.mlp, DsaMoE)
-        return x_TD + (self.mlp(normed_TD, context) if is_moe else self.mlp(normed_TD))
+        out_TD: Tensor = x_TD + (self.mlp(normed_TD, context) if is_moe else self.mlp(normed_TD))
+        return out_TD
 
 
 class DsaModel(hf.DeepseekV32Model):
@@ -72,13 +74,14 @@ class DsaModel(hf.DeepseekV32Model):
                 module.__class__ = RMSNorm  # same parameters, faster forward
         self.post_init()
 
-    def forward(self, tokens_T: Tensor, context: Context) -> Tensor:  # type: ignore[override]  # packed, not padded
+    def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Final hidden states [T, D] of packed tokens."""
         x_TD = self.embed_tokens(tokens_T)
         cos, sin = self.rotary_emb(x_TD, context.positions_T[None])
         for layer in self.layers:
             x_TD = layer(x_TD, (cos[0], sin[0]), context)
-        return self.norm(x_TD)  # type: ignore[no-any-return]  # nn.Module call
+        normed_TD: Tensor = self.norm(x_TD)
+        return normed_TD
 
 
 class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
@@ -91,12 +94,13 @@ class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, tokens_T: Tensor, context: Context, at_M: Tensor | None = None) -> Tensor:  # type: ignore[override]  # packed, not padded
+    def forward(self, tokens_T: Tensor, context: Context, at_M: Tensor | None = None) -> Tensor:
         """Logits fp32 [M, V] at the token positions at_M (default: all) of a packed pass."""
         x_TD = self.model(tokens_T, context)
         if at_M is not None:
             x_TD = x_TD.index_select(0, at_M)
-        return self.lm_head(x_TD).float()  # type: ignore[no-any-return]  # nn.Module call
+        logits_MV: Tensor = self.lm_head(x_TD).float()
+        return logits_MV
 
     def indexer_parameters(self) -> list[nn.Parameter]:
         """Parameters of all lightning indexers."""

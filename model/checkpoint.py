@@ -70,11 +70,12 @@ def load_dense(
         config = DeepseekV32Config(
             **fields, index_n_heads=1, index_head_dim=source.config.qk_rope_head_dim, index_topk=1
         )
-        model = DeepseekV32ForCausalLM(config).to(dtype)
+        model: Any = DeepseekV32ForCausalLM(config)
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
     assert not unexpected, f"{path}: weights without a place: {unexpected}"
     assert all(".indexer." in name for name in missing), f"{path}: weights missing: {missing}"
-    return model.to(device)  # type: ignore[arg-type]  # transformers' untyped signature
+    loaded: DeepseekV32ForCausalLM = model.to(device=device, dtype=dtype)
+    return loaded
 
 
 def save(model: DeepseekV32ForCausalLM, path: Path, tokenizer: Any = None) -> None:
@@ -107,7 +108,7 @@ def load_tokenizer(path: Path | str) -> Any:
         raise ValueError(f"{path}: no tokenizer that transformers can load ({error})") from None
 
 
-class quiet:  # noqa: N801  # used like a keyword: with quiet()
+class quiet:  # used like a keyword: with quiet()
     """No progress bars while the block runs: the pipeline has its own."""
 
     def __enter__(self) -> None:

@@ -132,7 +132,8 @@ def interleave_rows(tensor: Tensor, rotary: int, head: int) -> Tensor:
     split = tensor.unflatten(0, (-1, head)).clone()
     half = split[:, head - rotary :].unflatten(1, (2, rotary // 2))
     split[:, head - rotary :] = half.transpose(1, 2).flatten(1, 2)
-    return split.flatten(0, 1)
+    ordered: Tensor = split.flatten(0, 1)
+    return ordered
 
 
 def _target_config(source: Path, raw: dict[str, Any]) -> DeepseekV32Config:
@@ -151,7 +152,9 @@ def _target_config(source: Path, raw: dict[str, Any]) -> DeepseekV32Config:
     config = AutoConfig.from_pretrained(str(source))
     rope = dict(config.rope_parameters or {})
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{source}: partial_rotary_factor is not 1; deepseek_v32 rotates all rotary dimensions")
+        raise ValueError(
+            f"{source}: partial_rotary_factor is not 1; deepseek_v32 rotates all rotary dimensions"
+        )
     fields = {name: getattr(config, name) for name in SHARED_FIELDS if hasattr(config, name)}
     fields["rope_parameters"] = rope
     if getattr(config, "mlp_layer_types", None):
@@ -275,7 +278,7 @@ def _read(file: Path, name: str) -> Tensor:
 
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, framework="pt")  # type: ignore[no-untyped-call]
+        return safe_open(file, framework="pt")
     except Exception as error:  # safetensors raises its own class for torn files, OSError for missing ones
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
 

@@ -21,7 +21,8 @@ Rope = tuple[Tensor, Tensor]
 def rotate_halves(x: Tensor, rope: Rope) -> Tensor:
     """Half-split (NeoX) rotary embedding of the last dimension; x is [T, ..., rotary size]."""
     cos, sin = (t.view(t.shape[0], *([1] * (x.dim() - 2)), t.shape[-1]) for t in rope)
-    return x * cos + hf.rotate_half(x) * sin
+    rotated: Tensor = x * cos + hf.rotate_half(x) * sin
+    return rotated
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -45,7 +46,9 @@ class LightningIndexer(hf.DeepseekV32Indexer):
         super().__init__(config, layer_idx)
         self.use_hadamard = bool(getattr(config, "index_hadamard", False))
 
-    def forward(self, x_TD: Tensor, latent_TC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # packed, and it returns what the scores are made of
+        self, x_TD: Tensor, latent_TC: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, J, I], keys [T, I] and fp32 head weights [T, J] (times J^-1/2).
 
         x is the attention input after the layer norm, latent the *normalised* query latent; both are

@@ -59,5 +59,6 @@ def run_experts(
 @torch.no_grad()
 def update_bias(moe: hf.DeepseekV32MoE, load_X: Tensor, speed: float) -> None:
     """b_e += speed * sign(mean load - load_e) (DeepSeek-V3 2.1.2, gamma = 0.001 there)."""
-    load_X = load_X.to(moe.gate.e_score_correction_bias)
-    moe.gate.e_score_correction_bias += speed * torch.sign(load_X.mean() - load_X)
+    bias_X: Tensor = moe.gate.e_score_correction_bias
+    load_X = load_X.to(bias_X)
+    bias_X += speed * torch.sign(load_X.mean() - load_X)

@@ -97,9 +97,7 @@ def as_text(report: Report) -> str:
     ]
     parts = [f"{report.cfg.name}: the recipe is valid", columns([head, *rows])]
     if report.rewards:
-        scores = [
-            (r.domain, r.use, r.fn, _score(r.empty), _score(r.reference)) for r in report.rewards
-        ]
+        scores = [(r.domain, r.use, r.fn, _score(r.empty), _score(r.reference)) for r in report.rewards]
         title = ("domain", "use", "function", "empty answer", "reference answer")
         parts.append(columns([title, *scores]))
     return "\n\n".join(parts)
@@ -143,11 +141,7 @@ def _try(reward: Reward, task: Task, *, use: str) -> RewardLine:
             f"reward {reward.fn!r} raised {type(error).__name__}: {error} "
             f"(on task {task.id!r}, answers {answers})"
         ) from error
-    if (
-        not isinstance(scores, list)
-        or len(scores) != len(answers)
-        or not all(map(_is_score, scores))
-    ):
+    if not isinstance(scores, list) or len(scores) != len(answers) or not all(map(_is_score, scores)):
         raise ValueError(
             f"reward {reward.fn!r} returned {scores!r} for {len(answers)} rollouts of task "
             f"{task.id!r}; it must return a list with one finite number, or None, per rollout"

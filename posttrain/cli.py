@@ -61,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", nargs="+", metavar="CONFIG", help="TOML files, merged from left to right"
-    )
+    parser.add_argument("config", nargs="+", metavar="CONFIG", help="TOML files, merged from left to right")
     parser.add_argument(
         "--set",
         action="append",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+import psutil
 import ray
 
 from posttrain import config
@@ -27,6 +28,7 @@ class Cluster:
         self._started = False
         self._learner_actor: Any = None
         self._pool: Pool | None = None
+        self._threads = 0
 
     def __enter__(self) -> Self:
         return self
@@ -47,8 +49,10 @@ class Cluster:
 
     @property
     def threads(self) -> int:
-        """torch threads per actor: learner and engines take turns, so each may use all cores."""
-        return self.cfg.cluster.threads or len(os.sched_getaffinity(0))
+        """torch threads per actor: learner and engines take turns, so each may use every idle core."""
+        if self._threads == 0:
+            self._threads = self.cfg.cluster.threads or _idle_cores()
+        return self._threads
 
     def learner(self, setup: Setup) -> "RemoteLearner":
         """A fresh learner, in the run's one learner actor; close it before asking for the next."""
@@ -77,6 +81,10 @@ class Cluster:
             raise TimeoutError(
                 f"{what} did not answer within {timeout:.0f} s (cluster.step_timeout_s)"
             ) from None
+        except ray.exceptions.RayActorError as error:
+            raise ChildProcessError(
+                f"{what}: the process died (killed, or out of memory); run the same command again"
+            ) from error
 
     def _actor_options(self) -> dict[str, Any]:
         share = 1 / (1 + self.cfg.cluster.rollout_actors) if self.device == "cuda" else 0
@@ -99,6 +107,17 @@ class Cluster:
             **({} if address else {"object_store_memory": 256 << 20}),
         )
         self._started = True
+
+
+def _idle_cores() -> int:
+    """Cores that nobody uses right now, at least one.
+
+    With a thread on a busy core the others wait for it at every operation: two threads of which one
+    shares its core were measured at a third of the speed of one thread.
+    """
+    cores = len(os.sched_getaffinity(0))
+    busy = float(psutil.cpu_percent(interval=1.0)) / 100 * (os.cpu_count() or 1)
+    return max(1, cores - round(busy))
 
 
 class RemoteLearner:

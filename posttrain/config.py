@@ -285,7 +285,7 @@ class Cluster(Model):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter type of learner and engines."""
     threads: int = Field(0, ge=0)
-    """torch threads per actor; 0 = all cores."""
+    """torch threads per actor; 0 = as many as there are idle cores when the run starts."""
     step_timeout_s: float = Field(1800, gt=0)
     """Longest wait for any one answer of an actor."""
     max_actor_restarts: int = Field(3, ge=0)

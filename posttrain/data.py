@@ -107,5 +107,3 @@ def _all_tokens(sample: Sample) -> Sample:
 
 def _renamed(sample: Sample, id: str) -> Sample:
     return Sample(id=id, tokens=sample.tokens, mask=sample.mask, domain=sample.domain)
-
-

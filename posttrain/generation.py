@@ -61,9 +61,7 @@ def sample_seed(seed: int, epoch: int, task_id: str, index: int) -> int:
 def pool_setup(checkpoint: Path, cfg: Rollouts) -> PoolSetup:
     """Engines for a checkpoint, dense or sparse as it is."""
     attention = attention_of(checkpoint)
-    return PoolSetup(
-        checkpoint=checkpoint, attention=attention, engine=cfg.engine, max_rows=cfg.max_rows
-    )
+    return PoolSetup(checkpoint=checkpoint, attention=attention, engine=cfg.engine, max_rows=cfg.max_rows)
 
 
 def sampling(cfg: Rollouts) -> Sampling:
@@ -97,7 +95,9 @@ class TaskOrder:
         return [next(self._streams[name]) for name, count in counts.items() for _ in range(count)]
 
 
-def generate(pool: Pool, plans: Sequence[GroupPlan], settings: Sampling, ledger: StageLedger | None) -> list[Group]:
+def generate(
+    pool: Pool, plans: Sequence[GroupPlan], settings: Sampling, ledger: StageLedger | None
+) -> list[Group]:
     """The groups of all plans, in order; rollouts carry their engine's log-probs."""
     ids = {(p.task.id, r.seed): id for p in plans for r, id in zip(p.requests, p.ids, strict=True)}
 
@@ -106,9 +106,7 @@ def generate(pool: Pool, plans: Sequence[GroupPlan], settings: Sampling, ledger:
             ledger.generation_failed([ids[r.task.id, r.seed] for r in requests], actor, error)
 
     rollouts = iter(pool.generate([r for p in plans for r in p.requests], settings, note))
-    groups = [
-        Group(task=p.task, rollouts=tuple(next(rollouts) for _ in p.requests)) for p in plans
-    ]
+    groups = [Group(task=p.task, rollouts=tuple(next(rollouts) for _ in p.requests)) for p in plans]
     if ledger is not None:
         ledger.generated([id for p in plans for id in p.ids])
     return groups

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 from posttrain.config import Run, is_path
 from posttrain.ledger import StageLedger
@@ -29,11 +30,13 @@ class Job:
     """Derived from the run's seed and the name: stages do not share random numbers."""
 
     def source(self, name: str) -> Path:
-        """Folder of an earlier stage of this run, or the file or folder at the path given."""
+        """Folder of an earlier stage of this run, or the file, folder or hf:// checkpoint named."""
         if not is_path(name):
             return self.cfg.path / name
+        if name.startswith("hf://"):
+            return _download(name)
         path = Path(name).resolve()
-        if "://" in name or not path.exists():
+        if not path.exists():
             raise ValueError(f"source {name!r}: no such file or folder")
         return path
 
@@ -47,6 +50,17 @@ class Result:
     """Tokens trained on or sampled."""
     figures: dict[str, Any] = field(default_factory=dict)
     """The numbers worth reading, for instance {"loss": 1.2} or {"math": {"pass@1": 0.5, ...}}."""
+
+
+def _download(uri: str) -> Path:
+    """Local folder of hf://owner/name?revision=..., fetched into the hub's own cache if it is not there."""
+    from huggingface_hub import snapshot_download  # heavy, and only this uses it
+
+    name, _, query = uri.removeprefix("hf://").partition("?")
+    try:
+        return Path(snapshot_download(name, revision=dict(parse_qsl(query)).get("revision")))
+    except (OSError, ValueError) as error:  # no network, no such name: the hub's errors are of these kinds
+        raise ValueError(f"source {uri!r}: cannot be fetched ({str(error).splitlines()[0]})") from None
 
 
 def stage_seed(seed: int, name: str) -> int:

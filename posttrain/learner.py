@@ -128,9 +128,7 @@ class Learner:
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """Log-probs of the valid tokens of each batch under the current weights."""
         tensors = [self._tensors(b) for b in batches]
-        return [
-            self._logprobs(self.model, t, self._context(t), temperature).cpu().numpy() for t in tensors
-        ]
+        return [self._logprobs(self.model, t, self._context(t), temperature).cpu().numpy() for t in tensors]
 
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -148,7 +146,7 @@ class Learner:
             tensors = self._tensors(batch)
             for mode in ("dense", "sparse"):
                 context = PackedContext(
-                    attention=mode,  # type: ignore[arg-type]  # one of the two literals
+                    attention=mode,
                     indexer_loss="dense" if mode == "dense" else "none",
                     diagnose=mode == "sparse",
                     cu_seqlens_S=tensors.cu_seqlens_S,
@@ -251,7 +249,7 @@ class Learner:
             # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
             total = total + kl * share
             sums[f"indexer_kl/{layer}"] += float(kl.detach()) * share
-        total.backward()  # type: ignore[no-untyped-call]  # torch
+        total.backward()
         for layer, record in context.records.items():
             if record.load_X is not None:
                 self._load[layer] = self._load.get(layer, 0) + record.load_X

@@ -55,9 +55,7 @@ class _Driver:
     ledger: Ledger
 
 
-def run(
-    cfg: Run, *, only: str | None = None, until: str | None = None, dry_run: bool = False
-) -> None:
+def run(cfg: Run, *, only: str | None = None, until: str | None = None, dry_run: bool = False) -> None:
     """Run the recipe, or the part that `only` or `until` name; with dry_run print what would run.
 
     Raises ValueError for a request that does not fit, StageFailed when a stage cannot go on;
@@ -148,9 +146,7 @@ def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
     driver.ledger.committed(unit.name, ledger.attempt)
 
 
-def _summary(
-    unit: Unit, result: Result, *, wall_s: float, load_start: float, peak: int
-) -> dict[str, Any]:
+def _summary(unit: Unit, result: Result, *, wall_s: float, load_start: float, peak: int) -> dict[str, Any]:
     return {
         "name": unit.name,
         "kind": unit.kind,

@@ -56,7 +56,5 @@ def _last_step(path: Path) -> str:
     if last is None:
         return "no step logged yet"
     values = {k: v for k, v in last.items() if k not in ("stage", "attempt", "step", "time")}
-    shown = ", ".join(
-        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
-    )
+    shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
     return f"last step: {last['stage']} {last['step']} (attempt {last['attempt']}): {shown}"

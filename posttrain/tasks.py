@@ -182,5 +182,3 @@ def _value(text: str) -> int | float | bool | str:
         except ValueError:
             continue
     return text
-
-

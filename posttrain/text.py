@@ -57,9 +57,7 @@ def chats(path: Path, tokenizer: chat.Tokenizer) -> list[Sample]:
     for where, row in rows(str(path)):
         messages = row.get("messages")
         if not _is_chat(messages):
-            raise ValueError(
-                f"{where}: no messages (a list of role and content with an assistant's turn)"
-            )
+            raise ValueError(f"{where}: no messages (a list of role and content with an assistant's turn)")
         assert messages is not None
         tokens, mask = chat.encode_with_mask(tokenizer, messages)
         samples.append(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.config import Reward
-from posttrain.schema import Rollout, RewardFn, Score, Task
+from posttrain.schema import RewardFn, Rollout, Score, Task
 
 _PASSED = 1.0 - 1e-6
 

@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 from posttrain.rewards.base import per_rollout
-from posttrain.schema import Rollout, RewardFn, Task
+from posttrain.schema import RewardFn, Rollout, Task
 
 _WORD = re.compile(r"[^\W\d_]+")
 SCRIPTS = {

@@ -27,7 +27,9 @@ class Tokenizer(Protocol):
         ...
 
 
-def encode(tokenizer: Tokenizer, messages: list[Message], *, open_turn: bool, thinking: bool = True) -> list[int]:
+def encode(
+    tokenizer: Tokenizer, messages: list[Message], *, open_turn: bool, thinking: bool = True
+) -> list[int]:
     """Tokens of a conversation; open_turn appends what opens the next assistant turn."""
     tokens = tokenizer.apply_chat_template(
         messages,
@@ -51,7 +53,9 @@ def encode_tool_result(tokenizer: Tokenizer, result: str) -> list[int]:
     head = encode(tokenizer, before, open_turn=False)
     full = encode(tokenizer, [*before, {"role": "tool", "content": result}], open_turn=True)
     if full[: len(head)] != head:
-        raise ValueError("the chat template rewrites earlier turns when a tool message follows; it cannot be continued")
+        raise ValueError(
+            "the chat template rewrites earlier turns when a tool message follows; it cannot be continued"
+        )
     return full[len(head) :]
 
 
@@ -65,7 +69,9 @@ def encode_with_mask(tokenizer: Tokenizer, messages: list[Message]) -> tuple[lis
         opened = encode(tokenizer, messages[:i], open_turn=True)
         closed = encode(tokenizer, messages[: i + 1], open_turn=False)
         if closed[: len(opened)] != opened or opened[: len(tokens)] != tokens:
-            raise ValueError("the chat template rewrites earlier turns; the assistant's tokens cannot be told apart")
+            raise ValueError(
+                "the chat template rewrites earlier turns; the assistant's tokens cannot be told apart"
+            )
         mask += [False] * (len(opened) - len(tokens)) + [True] * (len(closed) - len(opened))
         tokens = closed
     rest = encode(tokenizer, messages, open_turn=False)

@@ -97,7 +97,7 @@ class Pool:
         self.restarts += 1
         allowed = self._cluster.max_actor_restarts
         if self.restarts > allowed:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"rollout actors died {self.restarts} times; cluster.max_actor_restarts allows {allowed}"
             )
         self._actors[i] = self._new_actor()
@@ -118,7 +118,9 @@ class Pool:
         try:
             return ray.get(reference, timeout=timeout)
         except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(f"{who} did not answer within {timeout:.0f} s (cluster.step_timeout_s)") from None
+            raise TimeoutError(
+                f"{who} did not answer within {timeout:.0f} s (cluster.step_timeout_s)"
+            ) from None
 
 
 class _RolloutActor:

@@ -19,7 +19,8 @@ def uniforms(seeds_B: NDArray[np.uint64], positions_B: NDArray[np.int64]) -> NDA
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    uniforms_B: NDArray[np.float32] = (x >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    return uniforms_B
 
 
 def processed_logprobs(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -32,7 +33,9 @@ def processed_logprobs(logits_BV: Tensor, temperature: float, top_p: float) -> T
         return logp_BV
     ordered_BV, order_BV = logp_BV.sort(dim=-1, descending=True, stable=True)
     mass_before_BV = ordered_BV.exp().cumsum(-1) - ordered_BV.exp()
-    dropped_BV = torch.zeros_like(mass_before_BV, dtype=torch.bool).scatter(-1, order_BV, mass_before_BV >= top_p)
+    dropped_BV = torch.zeros_like(mass_before_BV, dtype=torch.bool).scatter(
+        -1, order_BV, mass_before_BV >= top_p
+    )
     return torch.log_softmax(logp_BV.masked_fill(dropped_BV, float("-inf")), dim=-1)
 
 

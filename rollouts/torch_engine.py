@@ -134,7 +134,9 @@ class _Wave:
 
     def _last_queries(self, positions_BQ: NDArray[np.int64]) -> Tensor:
         rows, queries = positions_BQ.shape
-        last_B = np.minimum(self.lengths_B[:rows] - 1, queries - 1) if queries > 1 else np.zeros(rows, np.int64)
+        last_B = (
+            np.minimum(self.lengths_B[:rows] - 1, queries - 1) if queries > 1 else np.zeros(rows, np.int64)
+        )
         return torch.from_numpy(np.arange(rows) * queries + last_B)
 
     def _prefill(self) -> Tensor:

@@ -47,7 +47,7 @@ def test_indexers_are_fresh_seeded_and_in_every_layer(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         convert(source, tmp_path / name, **(OPTIONS | {"seed": seed}))
     a, b, c = (checkpoint.load(tmp_path / name) for name in "abc")
-    weights = [[p for p in m.indexer_parameters()] for m in (a, b, c)]
+    weights = [list(m.indexer_parameters()) for m in (a, b, c)]
     assert len(weights[0]) == 3 * 5
     assert all(torch.equal(x, y) for x, y in zip(weights[0], weights[1], strict=True))
     assert not torch.equal(weights[0][0], weights[2][0])
@@ -59,7 +59,13 @@ def test_block_scaled_fp8_by_hand() -> None:
     scale = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     out = dequantise(weight, scale)
     assert out.dtype == torch.bfloat16 and out.shape == (130, 200)
-    assert [float(out[i, j]) for i, j in ((0, 0), (127, 127), (0, 128), (129, 0), (129, 199))] == [1, 1, 2, 3, 4]
+    assert [float(out[i, j]) for i, j in ((0, 0), (127, 127), (0, 128), (129, 0), (129, 199))] == [
+        1,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_fp8_checkpoint_is_dequantised(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_choice_is_the_inverse_of_the_cumulative_distribution() -> None:
 def test_uniform_numbers_are_uniform_and_differ_between_neighbours() -> None:
     seeds = np.arange(200, dtype=np.uint64)
     numbers = np.concatenate([sampling.uniforms(seeds, np.full(200, p)) for p in range(50)])
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert numbers.mean() == pytest.approx(0.5, abs=0.01)
     assert numbers.std() == pytest.approx(12**-0.5, abs=0.01)
     assert len(np.unique(numbers)) > 9_990

@@ -94,9 +94,7 @@ def test_micro_batches_do_not_change_the_update(sparse: Path, norm: Any) -> None
     for limit in (60, 100_000):
         # SGD-like: with AdamW a tiny gradient difference can flip a whole step.
         learner = _learner(sparse, reference=True, optimizer=config.Optimizer(lr=1e-9, max_grad_norm=1e9))
-        seen = []
-        step = learner.optimizers.step
-        learner.optimizers.step = lambda: seen.append(_gradients(learner)) or step()  # type: ignore[method-assign, func-returns-value]
+        seen = _watch_gradients(learner)
         batches = packing.pack(samples, weights, tokens_per_batch=limit)
         figures, _ = learner.grpo_step(batches, config.Loss(), 1.0)
         results.append((len(batches), figures["loss"], seen[0]))
@@ -105,6 +103,19 @@ def test_micro_batches_do_not_change_the_update(sparse: Path, norm: Any) -> None
     assert loss_many == pytest.approx(loss_one, rel=1e-5)
     assert grads_one.norm() > 1e-3
     torch.testing.assert_close(grads_many, grads_one, atol=1e-6, rtol=1e-4)
+
+
+def _watch_gradients(learner: Learner) -> list[torch.Tensor]:
+    """A list that each optimizer step adds the gradients to that it starts from."""
+    seen: list[torch.Tensor] = []
+    step = learner.optimizers.step
+
+    def watched() -> dict[str, float]:
+        seen.append(_gradients(learner))
+        return step()
+
+    learner.optimizers.step = watched  # type: ignore[method-assign]
+    return seen
 
 
 def _gradients(learner: Learner) -> torch.Tensor:
@@ -163,7 +174,9 @@ def test_muon_takes_hidden_matrices_only() -> None:
     names = {p: n for n, p in model.named_parameters()}
     by_muon = {names[p] for p in first.param_groups[0]["params"]}
     assert "model.layers.0.self_attn.q_b_proj.weight" in by_muon
-    assert not any(word in n for n in by_muon for word in ("embed", "lm_head", "norm", "gate.weight", "indexer"))
+    assert not any(
+        word in n for n in by_muon for word in ("embed", "lm_head", "norm", "gate.weight", "indexer")
+    )
     assert all(".indexer." in names[p] for p in indexer.param_groups[0]["params"])
     sizes = [len(o.param_groups[0]["params"]) for o in (first, rest, indexer)]
     assert sum(sizes) == len(list(model.parameters()))

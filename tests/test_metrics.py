@@ -1,8 +1,8 @@
 """Metrics: the file, the plain lines and the live line. Run: pytest tests/test_metrics.py"""
 
 import io
-import time
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +68,11 @@ def test_without_a_terminal_there_are_few_plain_lines(tmp_path: Path) -> None:
 
 def test_a_plain_line_says_where_the_stage_is(tmp_path: Path) -> None:
     out = io.StringIO()
-    with Metrics(tmp_path, plain(out, every_s=0)) as metrics:
-        with metrics.stage("rl", "rl", 1, total_steps=4):
-            metrics.log(0, {"reward": 0.25, "kl": 0.01, "tokens": 5000, "grad_norm": 2.0})
-            metrics.log(1, {"reward": 0.5, "kl": 0.01, "tokens": 5000, "grad_norm": 2.0})
-            metrics.expect(2)
-            metrics.result({"math": {"pass@1": 0.75, "n": 200}, "steps": 2})
+    with Metrics(tmp_path, plain(out, every_s=0)) as metrics, metrics.stage("rl", "rl", 1, total_steps=4):
+        metrics.log(0, {"reward": 0.25, "kl": 0.01, "tokens": 5000, "grad_norm": 2.0})
+        metrics.log(1, {"reward": 0.5, "kl": 0.01, "tokens": 5000, "grad_norm": 2.0})
+        metrics.expect(2)
+        metrics.result({"math": {"pass@1": 0.75, "n": 200}, "steps": 2})
     lines = out.getvalue().splitlines()
     assert lines[2].startswith("rl: 2/4  ") and " tok/s  reward 0.500  kl 0.010  ETA " in lines[2]
     assert lines[3].endswith("  math pass@1 0.750")

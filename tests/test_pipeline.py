@@ -27,7 +27,7 @@ from posttrain.store import Store
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"pretrain": 40, "warmup": 4, "sparse": 4, "sft": 4, "mixed": 3}
+STEPS = {"pretrain": 100, "warmup": 4, "sparse": 4, "sft": 4, "mixed": 3}
 STEPS |= dict.fromkeys(("rl-math", "rl-logic", "rl-agent", "rl-align"), 2)
 DOMAINS = ("math", "logic", "agent", "align")
 DEADLINE_S = 600
@@ -38,12 +38,22 @@ def _options() -> list[str]:
     settings |= {f"stages.{name}.heldout_tokens": 500 for name in ("warmup", "sparse")}
     settings |= {f"domains.{name}.num_eval": 6 for name in DOMAINS}
     settings |= {f"stages.rl-{name}.tasks_per_step": 6 for name in DOMAINS}
-    settings |= {"stages.mixed.tasks_per_step": 8, "stages.distill.tasks_per_domain": 20}
+    settings |= {"stages.mixed.tasks_per_step": 8, "stages.distill.tasks_per_domain": 100}
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
 def _command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "posttrain", "run", "configs/demo.toml", "--out", str(out), *_options(), *more]
+    return [
+        sys.executable,
+        "-m",
+        "posttrain",
+        "run",
+        "configs/demo.toml",
+        "--out",
+        str(out),
+        *_options(),
+        *more,
+    ]
 
 
 def _run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -95,7 +105,9 @@ def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
 
 def test_the_report_is_one_self_contained_page(finished: Path) -> None:
     page = (finished / "report.html").read_text()
-    assert "demo" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert (
+        "demo" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    )
 
 
 def test_warmup_leaves_the_language_model_bit_for_bit(finished: Path) -> None:

@@ -124,7 +124,7 @@ def test_datasets_that_evaluate_text_are_refused() -> None:
 def test_every_listed_dataset_exists() -> None:
     from reasoning_gym.factory import DATASETS
 
-    assert gym.ALLOWED <= DATASETS.keys()
+    assert DATASETS.keys() >= gym.ALLOWED
 
 
 def _turns(*contents: str) -> tuple[Message, ...]:
@@ -158,7 +158,9 @@ def test_length_penalty_by_hand() -> None:
 
 def test_language_is_a_share_of_words() -> None:
     french = task(meta={"lexicon": ["Rouge", "chat"]})
-    assert style.language(french, [rollout("rouge chat red , <think> red </think>")]) == [pytest.approx(2 / 3)]
+    assert style.language(french, [rollout("rouge chat red , <think> red </think>")]) == [
+        pytest.approx(2 / 3)
+    ]
     russian = task(meta={"script": "cyrillic"})
     assert style.language(russian, [rollout("это is кот"), rollout("")]) == [pytest.approx(2 / 3), 0]
     assert style.language(task(), [rollout("any")]) == [None]

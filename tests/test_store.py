@@ -136,9 +136,7 @@ def test_a_second_driver_is_refused_and_death_frees_the_lock(tmp_path: Path) -> 
     store = Store(tmp_path)
     assert not store.is_locked()
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as driver:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as driver:
         assert driver.stdout is not None
         pid = int(driver.stdout.readline())
         try:

@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_rewards import rollout
 
 from posttrain import config
 from posttrain.domains import open_domains
 from posttrain.rewards.base import Scorer
 from posttrain.schema import Rollout, Task
 from posttrain.tasks import load_split, load_tasks
-from test_rewards import rollout
 
 DEMO = config.load([Path(__file__).parents[1] / "configs" / "demo.toml"])
 

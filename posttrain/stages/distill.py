@@ -57,9 +57,7 @@ def run(stage: config.Distill, job: Job) -> Result:
     if not rows:
         raise ValueError(f"stage {stage.name!r}: no sample of any specialist was verified")
     _write(job.out, rows)
-    return Result(
-        steps=len(stage.specialists), tokens=tokens, figures={"rows": len(rows), **figures}
-    )
+    return Result(steps=len(stage.specialists), tokens=tokens, figures={"rows": len(rows), **figures})
 
 
 def _domain(
@@ -108,9 +106,7 @@ def _verified(
     scores = plan.domain.passes.score(group.task, group.rollouts)
     seen: set[bytes] = set()
     rows = []
-    for id, request, rollout, score in zip(
-        plan.ids, plan.requests, group.rollouts, scores, strict=True
-    ):
+    for id, request, rollout, score in zip(plan.ids, plan.requests, group.rollouts, scores, strict=True):
         passed = plan.domain.passes.passed(score)
         if passed is None:
             fates["failed"].append(id)

@@ -45,9 +45,7 @@ def train(
     return tokens, _means(recent)
 
 
-def stream(
-    text: config.TextData, job: Job, tokenizer: Any, *, heldout: bool = False
-) -> Iterator[Sample]:
+def stream(text: config.TextData, job: Job, tokenizer: Any, *, heldout: bool = False) -> Iterator[Sample]:
     """What the stage's data section names."""
     domains = [] if text.text else list(open_domains(job.cfg).values())
     return data.lm_stream(text, domains, tokenizer, seed=job.seed, heldout=heldout)

@@ -15,7 +15,7 @@ import numpy as np
 from posttrain import config, generation, packing, rollout_file
 from posttrain.advantage import advantages
 from posttrain.cluster import RemoteLearner
-from posttrain.domains import Domain, open_domains
+from posttrain.domains import open_domains
 from posttrain.job import Job, Result
 from posttrain.learner import Setup
 from posttrain.rollout_file import Row
