@@ -19,7 +19,9 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the interval touches 0 or 1; rounding would leave it a hair away.
+    low = 0.0 if successes == 0 else centre - half
+    return low, 1.0 if successes == n else centre + half
 
 
 def mean_interval(values: Sequence[float], z: float = Z95) -> tuple[float, float]:
