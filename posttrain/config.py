@@ -314,6 +314,8 @@ class Run(Model):
     out: Path = Path("runs")
     """The run's folder is out/name."""
     seed: int = 0
+    note: str = ""
+    """What a reader of the report must know."""
     cluster: Cluster = Cluster()
     learner: Learner = Learner()
     rollouts: Rollouts = Rollouts()

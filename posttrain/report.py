@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from posttrain import disk, jsonl, report_page
+from posttrain import disk, forgetting, jsonl, report_page
 from posttrain.config import Rl, Run, Sparse
 from posttrain.intervals import Z95
 from posttrain.ledger import Ledger
@@ -58,6 +58,7 @@ def build(path: Path) -> dict[str, Any]:
     report: dict[str, Any] = {
         "run": path.name if cfg is None else cfg.name,
         "seed": None if cfg is None else cfg.seed,
+        "note": "" if cfg is None else cfg.note,
         "wall_s": round(sum(stage["wall_s"] for stage in stages), 3),
         "complete": cfg is not None and all(s == "done" for s in state.values()),
         "unfinished": _unfinished(units),
@@ -74,9 +75,9 @@ def build(path: Path) -> dict[str, Any]:
         "load": [s["load_start"] for s in stages if s.get("load_start") is not None],
     }
     report["summary"] = {} if cfg is None else _summary(cfg, report)
-    forgetting = None if cfg is None else _forgetting(cfg, report)
-    if forgetting is not None:
-        report["forgetting"] = forgetting
+    both = None if cfg is None else forgetting.compare(cfg, report["eval_mean"])
+    if both is not None:
+        report["forgetting"] = both
     return report
 
 
@@ -234,32 +235,6 @@ def _summary(cfg: Run, report: dict[str, Any]) -> dict[str, Any]:
     if report["load"]:
         summary |= {"load_min": min(report["load"]), "load_max": max(report["load"])}
     return summary
-
-
-def _forgetting(cfg: Run, report: dict[str, Any]) -> dict[str, Any] | None:
-    """Domains trained one after another against all together, where a recipe has both arms."""
-    rl = {stage.name: stage for stage in cfg.stages if isinstance(stage, Rl)}
-    chain = [n for n, s in rl.items() if s.source in rl and len(s.mix) == 1 and len(rl[s.source].mix) == 1]
-    mixed = [n for n, s in rl.items() if len(s.mix) > 1 and s.source not in rl]
-    if not chain or len(mixed) != 1:
-        return None
-    names = [chain[-1]]
-    while rl[names[0]].source in rl:
-        names.insert(0, rl[names[0]].source)
-    if not report["eval_mean"].keys() >= {*names, mixed[0]}:
-        return None
-    return {
-        "sequence": names,
-        "together": mixed[0],
-        "rollouts_sequence": sum(_rollouts(rl[name]) for name in names),
-        "rollouts_together": _rollouts(rl[mixed[0]]),
-        "sequence_pass": report["eval_mean"][names[-1]],
-        "together_pass": report["eval_mean"][mixed[0]],
-    }
-
-
-def _rollouts(stage: Rl) -> int:
-    return stage.steps * stage.tasks_per_step * stage.group_size
 
 
 def _means(tables: Mapping[str, Table]) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from posttrain import forgetting
 from posttrain.chart import COLOURS, Chart, Series, figure, short, spread
 from posttrain.page_style import CSS
 from posttrain.progress import compact, duration
@@ -31,7 +32,7 @@ _MEANINGS = {
 
 def page(report: Report, rows: Rows) -> str:
     """The page."""
-    parts = (_head, _notice, _tiles, _stages, _conversion, _curves, _ledger)
+    parts = (_head, _notice, _tiles, _stages, _forgetting, _conversion, _curves, _ledger)
     body = "\n".join(part(report, rows) for part in parts)
     title = escape(f"{report['run']} - posttrain report")
     return (
@@ -56,7 +57,12 @@ def _head(report: Report, _: Rows) -> str:
     return (
         f"<h1>{escape(report['run'])}</h1>"
         f'<p class="context">{" &middot; ".join(escape(fact) for fact in facts)}</p>'
+        + (f'<p class="note">{escape(report["note"])}</p>' if report["note"] else "")
     )
+
+
+def _forgetting(report: Report, _: Rows) -> str:
+    return forgetting.section(report)
 
 
 def _notice(report: Report, _: Rows) -> str:

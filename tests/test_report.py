@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from posttrain import chart, disk, report, report_page
+from posttrain import chart, config, disk, forgetting, report, report_page
 from posttrain.chart import Chart, Series
 from posttrain.config import Run
 from posttrain.intervals import mean_interval, wilson
@@ -291,6 +291,21 @@ def test_figures_that_are_missing_or_not_numbers_are_left_out(tmp_path: Path) ->
 
 def test_sequence_against_mixed_needs_both_arms(tmp_path: Path) -> None:
     assert "forgetting" not in report.build(_run(_cfg(tmp_path)))
+
+
+def test_sequence_against_mixed() -> None:
+    cfg = config.load([Path(__file__).parents[1] / "configs" / "forgetting.toml"])
+    names = ["then-math", "then-logic", "then-agent", "then-align"]
+    means = {name: {"mean": 0.7, "ci95": [0.6, 0.8]} for name in names}
+    assert forgetting.compare(cfg, means) is None, "one arm alone"
+    means["together"] = {"mean": 0.82, "ci95": [0.8, 0.84]}
+    both = forgetting.compare(cfg, means)
+    assert both is not None and both["sequence"] == names
+    assert both["rollouts_sequence"] == both["rollouts_together"] == 120 * 32 * 8
+    tables = {name: {"math": {"pass@1": 0.5}} for name in means}
+    page = forgetting.section({"forgetting": both, "domains": ["math"], "eval": tables, "eval_mean": means})
+    assert "+12.0 points" in page and "80.0 to 84.0" in page and "30,720 rollouts" in page
+    assert "conflict between the domains is designed" in cfg.note
 
 
 # ---- half done, failed, empty ----
