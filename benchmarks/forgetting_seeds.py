@@ -4,15 +4,17 @@
 designed (align punishes the thinking that math needs): this shows the mechanism, not its size elsewhere.
 """
 
+import math
 import statistics
 from typing import Any
 
 import seeds
 
 from posttrain import config
-from posttrain.intervals import Z95
 
 SEEDS = (101, 102, 103)
+STUDENT_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Quantiles of Student's t for the mean over so many seeds."""
 
 
 def figures(report: dict[str, Any]) -> seeds.Row:
@@ -24,14 +26,12 @@ def figures(report: dict[str, Any]) -> seeds.Row:
     for name in (*both["sequence"], both["together"]):
         row[f"{name}, mean (%)"] = seeds.mean(sampled, name)
         row |= {f"{name}, {d} (%)": 100 * r["pass@1"] for d, r in sampled[name].items()}
-    row["half width of the interval of a mean (points)"] = 100 * (
-        both["sequence_pass"]["ci95"][1] - both["sequence_pass"]["mean"]
-    )
     forgotten = sampled[first]["math"]["pass@1"] - sampled[last]["math"]["pass@1"]
     row["math forgotten in the sequence (points)"] = 100 * forgotten
-    row["together - sequence (points)"] = 100 * (
-        both["together_pass"]["mean"] - both["sequence_pass"]["mean"]
-    )
+    arms = [both["together_pass"], both["sequence_pass"]]
+    row["together - sequence (points)"] = 100 * (arms[0]["mean"] - arms[1]["mean"])
+    halves = [arm["ci95"][1] - arm["mean"] for arm in arms]
+    row["  half width of its 95 % interval, tasks (points)"] = 100 * math.hypot(*halves)
     return row
 
 
@@ -43,11 +43,12 @@ def main() -> None:
     seeds.write(args.out / "forgetting-seeds.json", rows)
     print(seeds.table(rows, {}))
     gaps = [row["together - sequence (points)"] for row in rows.values()]
-    if len(gaps) > 1:
-        half = Z95 * statistics.stdev(gaps) / len(gaps) ** 0.5
+    if len(gaps) in STUDENT_95:
+        half = STUDENT_95[len(gaps)] * statistics.stdev(gaps) / len(gaps) ** 0.5
         mean = statistics.fmean(gaps)
         print(
-            f"\ntogether - sequence over {len(gaps)} seeds: {mean:+.1f} points, 95 % interval of the mean +- {half:.1f}"
+            f"\ntogether - sequence over {len(gaps)} seeds: {mean:+.1f} points, "
+            f"95 % interval over seeds +- {half:.1f}"
         )
 
 

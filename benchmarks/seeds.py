@@ -44,7 +44,7 @@ def table(rows: dict[int, Row], limits: dict[str, tuple[str, Callable[[float], b
     lines = ["".join(["figure".ljust(44), *(f"seed {s}".rjust(11) for s in seeds), "mean".rjust(11)])]
     for name in rows[seeds[0]]:
         values = [rows[seed][name] for seed in seeds]
-        numbers = "".join(f"{value:11.4f}" for value in [*values, statistics.mean(values)])
+        numbers = "".join(f"{value:11.4g}" for value in [*values, statistics.mean(values)])
         limit, holds = limits.get(name, ("", lambda _: True))
         verdict = "" if not limit else ("  holds" if all(map(holds, values)) else "  DOES NOT HOLD")
         lines.append(f"{name.ljust(44)}{numbers}  {limit}{verdict}".rstrip())

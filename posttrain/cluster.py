@@ -95,6 +95,8 @@ class Cluster:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray gives its workers the lowest priority but four; our actors are the work, not a guest of it.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Rewards and tools beside the recipe must load in the actors too; last, to shadow nothing.
         paths = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
