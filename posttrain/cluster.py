@@ -16,7 +16,7 @@ import ray
 
 from posttrain import config
 from posttrain.learner import Learner, Setup
-from posttrain.rollouts.pool import Pool, PoolSetup
+from posttrain.rollouts.pool import Pool, PoolSetup, wait
 from posttrain.schema import Batch
 
 
@@ -73,14 +73,12 @@ class Cluster:
         return self._pool.start(setup)
 
     def wait(self, reference: Any, what: str) -> Any:
-        """The value of a Ray reference; TimeoutError names what did not answer."""
-        timeout = self.cfg.cluster.step_timeout_s
+        """The value of a Ray reference of the learner, within the deadline.
+
+        Raises TimeoutError or ChildProcessError, both with what was asked for.
+        """
         try:
-            return ray.get(reference, timeout=timeout)
-        except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(
-                f"{what} did not answer within {timeout:.0f} s (cluster.step_timeout_s)"
-            ) from None
+            return wait(reference, what, self.cfg.cluster.step_timeout_s)
         except ray.exceptions.RayActorError as error:
             raise ChildProcessError(
                 f"{what}: the process died (killed, or out of memory); run the same command again"

@@ -114,13 +114,17 @@ class Pool:
                 self._replace(i)
 
     def _get(self, reference: Any, who: str) -> Any:
-        timeout = self._cluster.step_timeout_s
-        try:
-            return ray.get(reference, timeout=timeout)
-        except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(
-                f"{who} did not answer within {timeout:.0f} s (cluster.step_timeout_s)"
-            ) from None
+        return wait(reference, who, self._cluster.step_timeout_s)
+
+
+def wait(reference: Any, who: str, timeout_s: float) -> Any:
+    """The value of a Ray reference; TimeoutError names who did not answer."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise TimeoutError(
+            f"{who} did not answer within {timeout_s:.0f} s (cluster.step_timeout_s)"
+        ) from None
 
 
 class _RolloutActor:
