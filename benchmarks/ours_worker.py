@@ -112,7 +112,7 @@ def _step(spec: worker.Spec, side: Side, number: int) -> worker.Step:
         for task in tasks
         for i in range(spec.group_size)
     ]
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     rollouts = side.generate(requests, Sampling(ignore_eos=not spec.stop_at_eos))
     generated = time.perf_counter()
     batches = _score(spec, rollouts)
@@ -127,6 +127,7 @@ def _step(spec: worker.Spec, side: Side, number: int) -> worker.Step:
         generate=generated - began,
         score=scored - generated,
         total=ended - began,
+        cpu=time.process_time() - cpu,
         lengths=lengths,
         prompts=worker.prompts_hash([r.tokens[~r.sampled].tolist() for r in rollouts]),
     )

@@ -24,10 +24,11 @@ class Clock(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.steps.append(worker.Step())
-        self._began = time.perf_counter()
+        self._began, self._cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.steps[-1].total = time.perf_counter() - self._began
+        self.steps[-1].cpu = time.process_time() - self._cpu
 
 
 class TimedTrainer(trl.GRPOTrainer):

@@ -2,16 +2,21 @@
 
 `python benchmarks/vs_trl.py`; processes of the two sides alternate, so that other load on the machine meets
 both. TRL gets its own virtual environment in .bench/ on the first call. Next: README.md, worker.py.
+
+Wall time means something on a quiet machine only: "others" is the CPU share that other processes took, and
+a figure with more than QUIET of it is marked.
 """
 
 import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,8 @@ from posttrain.toy import sorting
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / ".bench"
 TRL = "trl==1.16.0"
+QUIET = 0.1
+"""Most CPU that other processes may take, as a share of the machine."""
 ARCH: dict[str, Any] = {
     "hidden_size": 192,
     "num_hidden_layers": 4,
@@ -50,15 +57,16 @@ ARCH: dict[str, Any] = {
 }
 """About 4.0 M parameters; experts and top-k as in configs/demo.toml."""
 
+RAY = "ours, Ray"
 Result = dict[str, Any]
 
 
 def main() -> None:
     """Install, run, print."""
     args = _parser().parse_args()
-    python = {"trl": _trl_python(), "ours": sys.executable, "ours, Ray": sys.executable}
+    python = {"trl": _trl_python(), "ours": sys.executable, RAY: sys.executable}
     checkpoint, num_parameters = _checkpoint()
-    sides = ["trl", "ours", "ours, Ray"] if args.ray else ["trl", "ours"]
+    sides = ["trl", "ours", RAY] if args.ray else ["trl", "ours"]
     print(
         f"{num_parameters / 1e6:.2f} M parameters, 32 completions of up to 64 tokens per step, fp32, "
         f"2 threads; {args.rounds} rounds of {args.steps} steps"
@@ -166,18 +174,42 @@ def _run(side: str, python: str, spec: worker.Spec) -> Result:
     given.write_text(json.dumps(asdict(spec)))
     out.unlink(missing_ok=True)
     script = ROOT / "benchmarks" / ("trl_worker.py" if side == "trl" else "ours_worker.py")
-    command = [python, str(script), str(given), str(out), *(["ray"] if side == "ours, Ray" else [])]
+    command = [python, str(script), str(given), str(out), *(["ray"] if side == RAY else [])]
     threads = str(spec.threads)
-    env = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        # Spinning threads and one other busy process slow a step down 20 to 80 times, on either side.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if side == "trl":
         env.pop("PYTHONPATH", None)  # nothing of ours in the other environment
+    busy, began = _busy_s() - _children_s(), time.monotonic()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
+    others = (_busy_s() - _children_s() - busy) / (time.monotonic() - began) / (os.cpu_count() or 1)
     if done.returncode:
         raise RuntimeError(f"{side}: {script.name} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     result: Result = json.loads(out.read_text())
     seconds = statistics.median(step["total"] for step in result["steps"])
-    print(f"  {side}: {seconds:.3f} s/step, load {result['load']:.1f}", flush=True)
+    # Ray's processes are not our children: their time cannot be told from that of others.
+    result["others"] = None if side == RAY else others
+    told = "" if side == RAY else f", others took {others:.0%} of the CPU"
+    print(f"  {side}: {seconds:.3f} s/step{told}", flush=True)
     return result
+
+
+def _busy_s() -> float:
+    """CPU seconds that all processes of the machine have used."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    user, nice, system, _, _, irq, softirq = map(int, fields[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _children_s() -> float:
+    """CPU seconds of the processes that we have started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _check_equal_prompts(results: dict[str, list[Result]]) -> None:
@@ -205,6 +237,8 @@ def _figures(results: dict[str, list[Result]]) -> dict[str, Any]:
             "s_per_step_rounds": per_round[side],
             "shares": {"generate": generate, "score": score, "train": 1 - generate - score},
             "tokens_per_step": tokens,
+            "cpu_s_per_step": None if side == RAY else statistics.median(s["cpu"] for s in steps),
+            "others": None if side == RAY else max(run["others"] for run in runs),
             "ms_per_token": 1000 * seconds / len(steps) / tokens,
             "peak_mib": statistics.median(run["peak_bytes"] for run in runs) / 2**20,
             "steps": steps,
@@ -217,16 +251,22 @@ def _figures(results: dict[str, list[Result]]) -> dict[str, Any]:
 
 
 def _table(figures: dict[str, Any]) -> str:
-    head = "s/step  times faster (rounds)  generate  score  train  tokens/step  ms/token  peak MiB"
-    lines = [f"{'':10s}{head}"]
+    lines = [
+        f"{'':10s}s/step  times faster (rounds)  CPU s/step  generate  score  train  tokens/step  "
+        "ms/token  peak MiB  others"
+    ]
     for side, row in figures.items():
         shares = row["shares"]
         rounds = f"({min(row['times_faster_rounds']):.2f} to {max(row['times_faster_rounds']):.2f})"
+        cpu = "" if row["cpu_s_per_step"] is None else f"{row['cpu_s_per_step']:.3f}"
+        others = "" if row["others"] is None else f"{row['others']:.0%}"
         lines.append(
-            f"{side:10s}{row['s_per_step']:6.3f}  {row['times_faster']:5.2f} {rounds:15s}  "
-            f"{shares['generate']:7.0%}  {shares['score']:5.0%}  {shares['train']:5.0%}  "
-            f"{row['tokens_per_step']:11.0f}  {row['ms_per_token']:8.3f}  {row['peak_mib']:8.0f}"
+            f"{side:10s}{row['s_per_step']:6.3f}  {row['times_faster']:5.2f} {rounds:15s}  {cpu:>10s}  "
+            f"{shares['generate']:8.0%}  {shares['score']:5.0%}  {shares['train']:5.0%}  "
+            f"{row['tokens_per_step']:11.0f}  {row['ms_per_token']:8.3f}  {row['peak_mib']:8.0f}  {others:>6s}"
         )
+    if any((row["others"] or 0) > QUIET for row in figures.values()):
+        lines.append(f"NOT QUIET: other processes took more than {QUIET:.0%} of the CPU; do not publish")
     return "\n".join(lines)
 
 

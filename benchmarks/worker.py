@@ -51,6 +51,8 @@ class Step:
     generate: float = 0.0
     score: float = 0.0
     total: float = 0.0
+    cpu: float = 0.0
+    """CPU time of this process, all threads: hardly moved by what else runs on the machine."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each completion, its stop token included."""
     prompts: str = ""
