@@ -218,7 +218,7 @@ MOMENTS = [
     ("distill", "scored_or_planned"),
     ("sft", "trained"),
     ("mixed", "trained"),
-    ("export", "partial"),
+    ("mixed.eval", "partial"),
 ]
 
 
