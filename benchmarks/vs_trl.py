@@ -69,11 +69,12 @@ def main() -> None:
     sides = ["trl", "ours", RAY] if args.ray else ["trl", "ours"]
     print(
         f"{num_parameters / 1e6:.2f} M parameters, 32 completions of up to 64 tokens per step, fp32, "
-        f"2 threads; {args.rounds} rounds of {args.steps} steps"
+        f"{args.threads} threads; {args.rounds} rounds of {args.steps} steps"
     )
-    report: dict[str, Any] = {"parameters": num_parameters, "rounds": args.rounds, "arch": ARCH}
+    report: dict[str, Any] = {"parameters": num_parameters, "rounds": args.rounds, "threads": args.threads}
+    report |= {"arch": ARCH, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")}
     for eos in ("off", "on") if args.eos == "both" else (args.eos,):
-        spec = _spec(checkpoint, stop_at_eos=eos == "on", steps=args.steps)
+        spec = _spec(checkpoint, stop_at_eos=eos == "on", steps=args.steps, threads=args.threads)
         results: dict[str, list[Result]] = {side: [] for side in sides}
         for _ in range(args.rounds):
             for side in sides:
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=3, help="processes of each side")
     options.add_argument("--steps", type=int, default=8, help="measured steps of a process")
+    options.add_argument("--threads", type=int, default=2, help="torch threads of each process")
     options.add_argument("--eos", choices=("off", "on", "both"), default="both")
     options.add_argument("--ray", action="store_true", help="also measure our side behind Ray")
     options.add_argument("--json", type=Path, help="write all figures here")
@@ -148,7 +150,7 @@ def _checkpoint() -> tuple[Path, int]:
     return path, sum(p.numel() for p in model.parameters())
 
 
-def _spec(checkpoint: Path, *, stop_at_eos: bool, steps: int) -> worker.Spec:
+def _spec(checkpoint: Path, *, stop_at_eos: bool, steps: int, threads: int) -> worker.Spec:
     warmup_steps, tasks_per_step = 1, 8
     tasks = sorting.tasks(seed=0, n=(warmup_steps + steps) * tasks_per_step)
     return worker.Spec(
@@ -160,7 +162,7 @@ def _spec(checkpoint: Path, *, stop_at_eos: bool, steps: int) -> worker.Spec:
         stop_at_eos=stop_at_eos,
         warmup_steps=warmup_steps,
         steps=steps,
-        threads=2,
+        threads=threads,
         lr=1e-5,
         betas=(0.9, 0.95),
         clip=0.2,
@@ -178,8 +180,6 @@ def _run(side: str, python: str, spec: worker.Spec) -> Result:
     threads = str(spec.threads)
     env = os.environ | {
         "OMP_NUM_THREADS": threads,
-        # Spinning threads and one other busy process slow a step down 20 to 80 times, on either side.
-        "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
