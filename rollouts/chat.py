@@ -74,5 +74,7 @@ def encode_with_mask(tokenizer: Tokenizer, messages: list[Message]) -> tuple[lis
             )
         mask += [False] * (len(opened) - len(tokens)) + [True] * (len(closed) - len(opened))
         tokens = closed
+    if messages[-1]["role"] == "assistant":  # nothing follows, and templates are slow
+        return tokens, mask
     rest = encode(tokenizer, messages, open_turn=False)
     return rest, mask + [False] * (len(rest) - len(mask))
