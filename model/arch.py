@@ -19,8 +19,8 @@ from transformers.models.deepseek_v32.configuration_deepseek_v32 import Deepseek
 
 from posttrain.model.attention import DsaAttention
 from posttrain.model.context import Context
-from posttrain.model.indexer import Rope
 from posttrain.model.moe import DsaMoE
+from posttrain.model.rope import Rope, unit_circle
 
 
 class RMSNorm(hf.DeepseekV32RMSNorm):
@@ -77,9 +77,9 @@ class DsaModel(hf.DeepseekV32Model):
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Final hidden states [T, D] of packed tokens."""
         x_TD = self.embed_tokens(tokens_T)
-        cos, sin = self.rotary_emb(x_TD, context.positions_T[None])
+        rope = unit_circle(self.rotary_emb, context.positions_T)
         for layer in self.layers:
-            x_TD = layer(x_TD, (cos[0], sin[0]), context)
+            x_TD = layer(x_TD, rope, context)
         normed_TD: Tensor = self.norm(x_TD)
         return normed_TD
 

@@ -15,20 +15,10 @@ from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
 from posttrain.kernels import reference
+from posttrain.kernels.sparse_mla import sparse_mla
 from posttrain.model.context import Context
-from posttrain.model.indexer import LightningIndexer, Rope
-
-
-def rotate_pairs(x: Tensor, rope: Rope) -> Tensor:
-    """Interleaved (GPT-J) rotary embedding, laid out as transformers does: [all first | all second].
-
-    The order of rotary dimensions is free as long as query and key share it; keeping transformers'
-    makes the results bit-comparable.
-    """
-    half = x.shape[-1] // 2
-    cos, sin = (t[:, :half].view(t.shape[0], *([1] * (x.dim() - 2)), half) for t in rope)
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+from posttrain.model.indexer import LightningIndexer
+from posttrain.model.rope import Rope, rotate
 
 
 class DsaAttention(hf.DeepseekV32Attention):
@@ -47,15 +37,15 @@ class DsaAttention(hf.DeepseekV32Attention):
         kv_TR, k_rot_TP = self.kv_a_proj_with_mqa(x_TD).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        entries_TE = torch.cat((self.kv_a_layernorm(kv_TR), rotate_pairs(k_rot_TP, rope)), dim=-1)
-        q_rot_THP = rotate_pairs(q_rot_THP, rope)
+        entries_TE = torch.cat((self.kv_a_layernorm(kv_TR), rotate(k_rot_TP, rope)), dim=-1)
+        q_rot_THP = rotate(q_rot_THP, rope)
         entries_BLE = context.keys(self.layer_idx, "entries", context.grid(entries_TE))
         sparse = context.attention == "sparse"
         if sparse or context.indexer_loss != "none":
             scores_BQL = self._index_scores(x_TD, latent_TC, rope, context)
         if sparse or context.indexer_loss == "dense" or context.diagnose:
             q_BQHE = context.grid(torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1))
-            mask_BQL = reference.causal_mask(context.query_positions_BQ, entries_BLE.shape[1])
+            mask_BQL = context.mask()
         if context.indexer_loss == "dense" or context.diagnose:
             self._dense_indexer(q_BQHE, entries_BLE, mask_BQL, scores_BQL, context)
         if sparse:
@@ -85,14 +75,12 @@ class DsaAttention(hf.DeepseekV32Attention):
     ) -> Tensor:
         with torch.no_grad():
             kept_BQK = reference.select_topk(scores_BQL, mask_BQL, self.index_topk)
-        o_BQHR, probs_BQHK = reference.sparse_mla(
-            q_BQHE, entries_BLE, kept_BQK, self.scaling, self.kv_lora_rank
-        )
+        o_BQHR, p_BQK = sparse_mla(q_BQHE, entries_BLE, kept_BQK, self.scaling, self.kv_lora_rank)
         record = context.record(self.layer_idx)
         record.kept_BQK = kept_BQK
         if context.indexer_loss == "sparse":
             kept_scores_BQK = scores_BQL.gather(-1, kept_BQK.clamp(min=0))
-            kl_BQ = reference.indexer_kl(probs_BQHK.mean(2), kept_scores_BQK, kept_BQK >= 0)
+            kl_BQ = reference.indexer_kl(p_BQK, kept_scores_BQK, kept_BQK >= 0)
             record.kl = (kl_BQ * context.query_mask()).sum()
         o_THR = context.flat(o_BQHR)
         return torch.bmm(o_THR.transpose(0, 1), self._up_projections()[1].transpose(1, 2)).transpose(0, 1)
@@ -106,7 +94,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         q_BHQE, v_BHLV = q_BQHE.transpose(1, 2), v_BLHV.transpose(1, 2)
         # With as many queries as keys the grid is a plain causal square: the fused kernel knows it.
         square = q_BHQE.shape[2] == k_BHLE.shape[2]
-        mask = None if square else reference.causal_mask(context.query_positions_BQ, k_BHLE.shape[2])
+        mask = None if square else context.mask()
         o_BHQV = F.scaled_dot_product_attention(
             q_BHQE,
             k_BHLE,

@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from posttrain.kernels import reference
+
 AttentionMode = Literal["dense", "sparse"]
 IndexerLoss = Literal["none", "dense", "sparse"]
 
@@ -55,6 +57,10 @@ class Context(Protocol):
         """Add this pass's keys of one layer; return all keys the queries may see, [B, L, ...]."""
         ...
 
+    def mask(self) -> Tensor:
+        """[B, Q, L] True where the query may see the key; computed once per pass."""
+        ...
+
     def query_mask(self) -> Tensor:
         """[B, Q] True where the query is a real token."""
         ...
@@ -71,6 +77,14 @@ class _Base:
     diagnose: bool = False
     records: dict[int, LayerRecord] = field(default_factory=dict)
     replay_experts: dict[int, Tensor] | None = None
+    query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
+    num_keys: int = 0
+    _mask: Tensor | None = None
+
+    def mask(self) -> Tensor:
+        if self._mask is None:
+            self._mask = reference.causal_mask(self.query_positions_BQ, self.num_keys)
+        return self._mask
 
     def record(self, layer: int) -> LayerRecord:
         return self.records.setdefault(layer, LayerRecord())
@@ -82,7 +96,6 @@ class PackedContext(_Base):
 
     cu_seqlens_S: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
     positions_T: Tensor = field(init=False)
-    query_positions_BQ: Tensor = field(init=False)
     _to_grid: Tensor = field(init=False)
     _to_flat: Tensor = field(init=False)
     _shape: tuple[int, int] = field(init=False)
@@ -99,7 +112,7 @@ class PackedContext(_Base):
         self.positions_T = tokens_T - starts_S[row_T]
         self._to_flat = row_T * width + self.positions_T
         self.query_positions_BQ = columns_L.expand(rows, width)
-        self._shape = (rows, width)
+        self._shape, self.num_keys = (rows, width), width
 
     def grid(self, x_T: Tensor) -> Tensor:
         return x_T.index_select(0, self._to_grid).view(*self._shape, *x_T.shape[1:])
@@ -139,9 +152,7 @@ class StaticContext(_Base):
     """One step of generation: B rows with Q new tokens each, keys in a StaticCache."""
 
     cache: StaticCache | None = None
-    query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     positions_T: Tensor = field(init=False)
-    num_keys: int = 0
 
     def __post_init__(self) -> None:
         self.positions_T = self.query_positions_BQ.reshape(-1)

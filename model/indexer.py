@@ -14,16 +14,7 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
-Rope = tuple[Tensor, Tensor]
-"""cos and sin, each [T, rotary size], both halves equal (transformers' layout)."""
-
-
-def rotate_halves(x: Tensor, rope: Rope) -> Tensor:
-    """Half-split (NeoX) rotary embedding of the last dimension; x is [T, ..., rotary size]."""
-    cos, sin = (t.view(t.shape[0], *([1] * (x.dim() - 2)), t.shape[-1]) for t in rope)
-    rotated: Tensor = x * cos + hf.rotate_half(x) * sin
-    return rotated
-
+from posttrain.model.rope import Rope, rotate
 
 def hadamard(x: Tensor) -> Tensor:
     """Orthonormal Walsh-Hadamard rotation of the last dimension, whose size is a power of two."""
@@ -61,8 +52,9 @@ class LightningIndexer(hf.DeepseekV32Indexer):
         k_TI = F.layer_norm(
             self.wk(x_TD).float(), (self.head_dim,), norm.weight.float(), norm.bias.float(), norm.eps
         ).to(x_TD.dtype)
-        q_TJI = torch.cat((rotate_halves(q_TJI[..., :rotary], rope), q_TJI[..., rotary:]), -1)
-        k_TI = torch.cat((rotate_halves(k_TI[..., :rotary], rope), k_TI[..., rotary:]), -1)
+        q_TJI, k_TI = (
+            torch.cat((rotate(x[..., :rotary], rope, halves=True), x[..., rotary:]), -1) for x in (q_TJI, k_TI)
+        )
         if self.use_hadamard:  # both sides or none: rotating one side destroys the scores
             q_TJI, k_TI = hadamard(q_TJI), hadamard(k_TI)
         w_TJ = F.linear(x_TD.float(), self.weights_proj.weight.float()) * self.n_heads**-0.5
