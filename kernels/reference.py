@@ -45,9 +45,16 @@ def select_topk(scores_BQL: Tensor, mask_BQL: Tensor, k: int) -> Tensor:
     masked_BQL = scores_BQL.masked_fill(~mask_BQL, float("-inf"))
     # A stable descending sort keeps equal scores in index order: exactly the rule.
     best_BQK = torch.sort(masked_BQL, dim=-1, descending=True, stable=True).indices[..., :k]
-    valid_BQK = mask_BQL.expand_as(masked_BQL).gather(-1, best_BQK)
-    ordered_BQK = best_BQK.masked_fill(~valid_BQK, num_keys).sort(dim=-1).values
-    return ordered_BQK.masked_fill(ordered_BQK == num_keys, -1)
+    return ascending(best_BQK, ~mask_BQL.expand_as(masked_BQL).gather(-1, best_BQK))
+
+
+def ascending(kept: Tensor, missing: Tensor | None) -> Tensor:
+    """Kept indices [..., K] in ascending order, -1 for the missing ones at the end."""
+    if missing is None:
+        return kept.sort(dim=-1).values
+    last = torch.iinfo(kept.dtype).max
+    ordered = kept.masked_fill(missing, last).sort(dim=-1).values
+    return ordered.masked_fill(ordered == last, -1)
 
 
 def dense_probs(q_BQHE: Tensor, entries_BLE: Tensor, mask_BQL: Tensor, scale: float) -> Tensor:

@@ -24,15 +24,28 @@ def sparse_mla(
     probabilities are the indexer's target and carry no gradient.
     """
     B, Q, H, E = q_BQHE.shape
-    L, K = entries_BLE.shape[1], kept_BQK.shape[-1]
-    rows_B = torch.arange(B, device=kept_BQK.device).view(B, 1, 1) * L
+    K = kept_BQK.shape[-1]
+    entries_LE, stride = _one_row(entries_BLE)
+    rows_B = torch.arange(0, B * stride, stride, device=kept_BQK.device).view(B, 1, 1)
     flat_NK = (kept_BQK.clamp(min=0) + rows_B).view(B * Q, K)
-    inputs = (q_BQHE.reshape(B * Q, H, E), entries_BLE.reshape(B * L, E), flat_NK, kept_BQK.view(B * Q, 1, K))
+    inputs = (q_BQHE.reshape(B * Q, H, E), entries_LE, flat_NK, kept_BQK.view(B * Q, 1, K))
     if torch.is_grad_enabled() and (q_BQHE.requires_grad or entries_BLE.requires_grad):
         o_NHR, p_NHK = _SparseMla.apply(*inputs, scale, value_size)
     else:
         o_NHR, p_NHK = _forward(*inputs, scale, value_size)
     return o_NHR.view(B, Q, H, value_size), p_NHK.detach().mean(1).view(B, Q, K)
+
+
+def _one_row(entries_BLE: Tensor) -> tuple[Tensor, int]:
+    """The entries as [rows, E] without a copy, and how many rows apart the documents lie.
+
+    A cache hands over the filled part of each of its rows: documents are then further apart than long.
+    """
+    B, L, E = entries_BLE.shape
+    apart, rest = divmod(entries_BLE.stride(0), E)
+    if rest or entries_BLE.stride()[1:] != (E, 1):
+        return entries_BLE.reshape(B * L, E), L
+    return entries_BLE.as_strided(((B - 1) * apart + L, E), (E, 1)), apart
 
 
 def _chunks(flat_NK: Tensor, entries_LE: Tensor) -> list[slice]:

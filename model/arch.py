@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
+from posttrain.kernels.pointwise import rms_norm, swiglu
 from posttrain.model.attention import DsaAttention
 from posttrain.model.context import Context
 from posttrain.model.moe import DsaMoE
@@ -24,12 +25,24 @@ from posttrain.model.rope import Rope, unit_circle
 
 
 class RMSNorm(hf.DeepseekV32RMSNorm):
-    """The same function through torch's own rms_norm: fewer kernel launches in decoding."""
+    """The same function with fewer passes."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        shape = (hidden_states.shape[-1],)
-        return F.rms_norm(hidden_states, shape, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class Mlp(hf.DeepseekV32MLP):
+    """The same function with less kept for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gated MLP of the last dimension."""
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {hf.DeepseekV32RMSNorm: RMSNorm, hf.DeepseekV32MLP: Mlp}
+"""Classes of the same parameters whose forward is ours."""
 
 
 class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
@@ -61,6 +74,8 @@ class DsaModel(hf.DeepseekV32Model):
     """The body: embedding, blocks, final norm."""
 
     def __init__(self, config: DeepseekV32Config) -> None:
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act={config.hidden_act}: every known MLA model has silu, and so have we")
         hf.DeepseekV32PreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -70,8 +85,7 @@ class DsaModel(hf.DeepseekV32Model):
         self.rotary_emb = hf.DeepseekV32RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         for module in self.modules():
-            if type(module) is hf.DeepseekV32RMSNorm:
-                module.__class__ = RMSNorm  # same parameters, faster forward
+            module.__class__ = _OURS.get(type(module), type(module))
         self.post_init()
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:

@@ -61,14 +61,14 @@ class DsaAttention(hf.DeepseekV32Attention):
             k_BLI = context.keys(self.layer_idx, "index", context.grid(k_TI))
             return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
 
-    def _up_projections(self) -> tuple[Tensor, Tensor]:
+    def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, N, R] and W_UV [H, V, R], views of kv_b_proj."""
         weight_HR = self.kv_b_proj.weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         return weight_HR[:, : self.qk_nope_head_dim], weight_HR[:, self.qk_nope_head_dim :]
 
     def _absorb(self, q_nope_THN: Tensor) -> Tensor:
         """q^A = W_UK^T q^C: [T, H, N] -> [T, H, R]."""
-        return torch.bmm(q_nope_THN.transpose(0, 1), self._up_projections()[0]).transpose(0, 1)
+        return torch.bmm(q_nope_THN.transpose(0, 1), self.up_projections()[0]).transpose(0, 1)
 
     def _sparse(
         self, q_BQHE: Tensor, entries_BLE: Tensor, mask_BQL: Tensor, scores_BQL: Tensor, context: Context
@@ -83,7 +83,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             kl_BQ = reference.indexer_kl(p_BQK, kept_scores_BQK, kept_BQK >= 0)
             record.kl = (kl_BQ * context.query_mask()).sum()
         o_THR = context.flat(o_BQHR)
-        return torch.bmm(o_THR.transpose(0, 1), self._up_projections()[1].transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(o_THR.transpose(0, 1), self.up_projections()[1].transpose(1, 2)).transpose(0, 1)
 
     def _dense(self, q_BQHE: Tensor, entries_BLE: Tensor, context: Context) -> Tensor:
         latent_BLR, k_rot_BLP = entries_BLE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)

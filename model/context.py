@@ -18,6 +18,7 @@ from posttrain.kernels import reference
 
 AttentionMode = Literal["dense", "sparse"]
 IndexerLoss = Literal["none", "dense", "sparse"]
+KeyName = Literal["entries", "index"]
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Context(Protocol):
         """[B, Q, ...] -> [T, ...]."""
         ...
 
-    def keys(self, layer: int, name: Literal["entries", "index"], x_BQ: Tensor) -> Tensor:
+    def keys(self, layer: int, name: KeyName, x_BQ: Tensor) -> Tensor:
         """Add this pass's keys of one layer; return all keys the queries may see, [B, L, ...]."""
         ...
 
@@ -120,7 +121,7 @@ class PackedContext(_Base):
     def flat(self, x_BQ: Tensor) -> Tensor:
         return x_BQ.flatten(0, 1).index_select(0, self._to_flat)
 
-    def keys(self, layer: int, name: Literal["entries", "index"], x_BQ: Tensor) -> Tensor:
+    def keys(self, layer: int, name: KeyName, x_BQ: Tensor) -> Tensor:
         return x_BQ
 
     def query_mask(self) -> Tensor:
@@ -130,33 +131,36 @@ class PackedContext(_Base):
 
 
 class StaticCache:
-    """Latent entries and indexer keys of all layers, preallocated: [B, L, E] and [B, L, I] per layer."""
+    """One entry per token and layer, [latent | rotary key | indexer key], preallocated: [B, L, E + I] per layer."""
 
     def __init__(
-        self, *, num_layers: int, num_rows: int, length: int, sizes: dict[str, int], like: Tensor
+        self, *, num_layers: int, num_rows: int, length: int, sizes: tuple[int, int], like: Tensor
     ) -> None:
-        self.store = {
-            name: [like.new_zeros(num_rows, length, size) for _ in range(num_layers)]
-            for name, size in sizes.items()
-        }
+        self.length, self.entry_size = length, sizes[0]
+        self.layers = [like.new_zeros(num_rows, length, sum(sizes)) for _ in range(num_layers)]
+
+    def part(self, name: KeyName, entries: Tensor) -> Tensor:
+        """The part of that name of entries [..., E + I]."""
+        return entries[..., : self.entry_size] if name == "entries" else entries[..., self.entry_size :]
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows."""
-        for layers in self.store.values():
-            for i, tensor in enumerate(layers):
-                layers[i] = tensor.index_select(0, rows)
+        self.layers = [entries.index_select(0, rows) for entries in self.layers]
 
 
 @dataclass(slots=True)
 class StaticContext(_Base):
     """One step of generation: B rows with Q new tokens each, keys in a StaticCache."""
 
-    cache: StaticCache | None = None
+    cache: StaticCache = field(kw_only=True)
     positions_T: Tensor = field(init=False)
+    _slots_T: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.positions_T = self.query_positions_BQ.reshape(-1)
         self.num_keys = self.num_keys or int(self.query_positions_BQ.max()) + 1
+        rows_B = torch.arange(len(self.query_positions_BQ), device=self.positions_T.device)[:, None]
+        self._slots_T = (rows_B * self.cache.length + self.query_positions_BQ).reshape(-1)
 
     def grid(self, x_T: Tensor) -> Tensor:
         return x_T.view(*self.query_positions_BQ.shape, *x_T.shape[1:])
@@ -164,12 +168,10 @@ class StaticContext(_Base):
     def flat(self, x_BQ: Tensor) -> Tensor:
         return x_BQ.flatten(0, 1)
 
-    def keys(self, layer: int, name: Literal["entries", "index"], x_BQ: Tensor) -> Tensor:
-        assert self.cache is not None, "a static context needs a cache"
-        tensor_BL = self.cache.store[name][layer]
-        rows_B = torch.arange(len(x_BQ), device=x_BQ.device)[:, None]
-        tensor_BL[rows_B, self.query_positions_BQ] = x_BQ
-        return tensor_BL[:, : self.num_keys]
+    def keys(self, layer: int, name: KeyName, x_BQ: Tensor) -> Tensor:
+        entries_BLE = self.cache.layers[layer]
+        self.cache.part(name, entries_BLE.flatten(0, 1)).index_copy_(0, self._slots_T, x_BQ.flatten(0, 1))
+        return self.cache.part(name, entries_BLE[:, : self.num_keys])
 
     def query_mask(self) -> Tensor:
         return torch.ones_like(self.query_positions_BQ, dtype=torch.bool)

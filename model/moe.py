@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 
+from posttrain.kernels.pointwise import swiglu
 from posttrain.model.context import Context
 
 
@@ -22,38 +23,80 @@ class DsaMoE(hf.DeepseekV32MoE):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:  # type: ignore[override]  # needs the context
         """[T, D] -> [T, D]; leaves the chosen experts and the load in the context's record."""
-        logits_TX, weights_TE, experts_TE = self.gate(x_TD)
+        logits_TX = F.linear(x_TD.float(), self.gate.weight.float())
+        weights_TE, experts_TE = route(logits_TX, self.gate)
         if context.replay_experts is not None:
             # Keep Routing (V3.2 3.1): the engine's choice, gates from the current weights.
             experts_TE = context.replay_experts[self.layer_idx]
-            weights_TE = self._gate_weights(logits_TX, experts_TE)
+            weights_TE = _gate_weights(logits_TX.sigmoid(), experts_TE, self.gate)
         record = context.record(self.layer_idx)
         record.experts_TE = experts_TE
         record.load_X = torch.bincount(experts_TE.reshape(-1), minlength=self.gate.num_experts)
-        routed_TD = run_experts(x_TD, experts_TE, weights_TE, record.load_X, self.experts)
+        # Few tokens, as in generation, cost least in one batched product; many, as in training, one by one.
+        run = run_padded if torch.is_inference_mode_enabled() else run_each
+        gate_up, down = (w.transpose(1, 2) for w in (self.experts.gate_up_proj, self.experts.down_proj))
+        routed_TD = run(x_TD, experts_TE, weights_TE, gate_up, down)
         return routed_TD + self.shared_experts(x_TD)  # type: ignore[no-any-return]  # nn.Module call
 
-    def _gate_weights(self, logits_TX: Tensor, experts_TE: Tensor) -> Tensor:
-        weights_TE = logits_TX.sigmoid().gather(1, experts_TE)
-        if self.gate.norm_topk_prob:
-            weights_TE = weights_TE / (weights_TE.sum(-1, keepdim=True) + 1e-20)
-        return weights_TE * self.gate.routed_scaling_factor
+
+def route(logits_TX: Tensor, gate: hf.DeepseekV32TopkRouter) -> tuple[Tensor, Tensor]:
+    """Weights fp32 and experts int64, both [T, E]: sigmoid scores, chosen with the balancing bias, in groups.
+
+    transformers' router without its work on groups where there is one group.
+    """
+    scores_TX = logits_TX.sigmoid()
+    choice_TX = scores_TX + gate.e_score_correction_bias
+    if gate.num_group > 1:
+        grouped_TGX = choice_TX.view(len(choice_TX), gate.num_group, -1)
+        best_TG = grouped_TGX.topk(2, dim=-1).values.sum(-1).topk(gate.topk_group, dim=-1, sorted=False).indices
+        allowed_TG = torch.zeros_like(grouped_TGX[..., 0], dtype=torch.bool).scatter_(1, best_TG, True)
+        choice_TX = grouped_TGX.masked_fill(~allowed_TG[..., None], float("-inf")).flatten(1)
+    experts_TE = choice_TX.topk(gate.top_k, dim=-1, sorted=False).indices
+    return _gate_weights(scores_TX, experts_TE, gate), experts_TE
 
 
-def run_experts(
-    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, load_X: Tensor, experts: hf.DeepseekV32Experts
+def _gate_weights(scores_TX: Tensor, experts_TE: Tensor, gate: hf.DeepseekV32TopkRouter) -> Tensor:
+    weights_TE = scores_TX.gather(1, experts_TE)
+    if gate.norm_topk_prob:
+        weights_TE = weights_TE / (weights_TE.sum(-1, keepdim=True) + 1e-20)
+    return weights_TE * gate.routed_scaling_factor
+
+
+def run_each(
+    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """Sort tokens by expert, one pair of matrix products per expert, sort back, weighted sum."""
-    per_token = experts_TE.shape[1]
-    order = experts_TE.reshape(-1).argsort(stable=True)
-    inputs = x_TD.index_select(0, order // per_token).split(load_X.tolist())
+    """Weighted sum of each token's experts: (token, expert) pairs sorted by expert, one product per expert.
+
+    gate_up is [X, D, 2 F], down [X, F, D].
+    """
+    expert_S = experts_TE.reshape(-1)
+    order_S = expert_S.argsort(stable=True)
+    load = torch.bincount(expert_S, minlength=len(gate_up)).tolist()
     outputs = []
-    for x, gate_up, down in zip(inputs, experts.gate_up_proj, experts.down_proj, strict=True):
-        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-        outputs.append(F.linear(experts.act_fn(gate) * up, down))
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    out_TED = torch.cat(outputs).index_select(0, back).view(*experts_TE.shape, -1)
+    inputs = x_TD.index_select(0, order_S // experts_TE.shape[1]).split(load)
+    for x, gate_up_DF, down_FD in zip(inputs, gate_up, down, strict=True):
+        gate, up = (x @ gate_up_DF).chunk(2, dim=-1)
+        outputs.append(swiglu(gate, up) @ down_FD)
+    back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=x_TD.device))
+    out_TED = torch.cat(outputs).index_select(0, back_S).view(*experts_TE.shape, -1)
     return (out_TED * weights_TE[..., None].to(out_TED.dtype)).sum(1)
+
+
+def run_padded(
+    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """The same in one batched product over all experts, each padded to the largest load."""
+    num_experts, per_token = len(gate_up), experts_TE.shape[1]
+    expert_S = experts_TE.reshape(-1)
+    rank_SX = (expert_S[:, None] == torch.arange(num_experts, device=x_TD.device)).cumsum(0)
+    most = int(rank_SX[-1].max())
+    slot_S = expert_S * most + (rank_SX.gather(1, expert_S[:, None])[:, 0] - 1)
+    padded_SD = x_TD.new_zeros(num_experts * most, x_TD.shape[1])
+    padded_SD.index_copy_(0, slot_S, x_TD.repeat_interleave(per_token, 0))
+    gate, up = torch.bmm(padded_SD.view(num_experts, most, -1), gate_up).chunk(2, dim=-1)
+    out_SD = torch.bmm(swiglu(gate, up), down).flatten(0, 1)
+    out_TED = out_SD.index_select(0, slot_S).view(*experts_TE.shape, -1)
+    return torch.bmm(weights_TE[:, None].to(out_TED.dtype), out_TED)[:, 0]
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.model.arch import DeepseekV32ForCausalLM
-from posttrain.model.context import AttentionMode, StaticCache, StaticContext
+from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
+from posttrain.model.decode import Decoder
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.schema import Message, Rollout, Stop
@@ -51,6 +52,7 @@ class TorchEngine:
         self.attention: AttentionMode = attention
         self.version = 0
         self.device = next(model.parameters()).device
+        self.decoder = Decoder(self.model, attention)
 
     def load(self, version: int, weights: dict[str, Tensor]) -> None:
         """Take the learner's weights of that version."""
@@ -62,6 +64,7 @@ class TorchEngine:
         self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256
     ) -> list[Rollout]:
         """One rollout per request, in order. Requests of one task should stand together: they share a prefill."""
+        self.decoder.refresh()
         prompts = {r.task.id: chat.encode_prompt(self.tokenizer, r.task) for r in requests}
         done: dict[int, Rollout] = {}
         for start in range(0, len(requests), max_rows):
@@ -75,7 +78,7 @@ class TorchEngine:
     def cache(self, rows: int, length: int) -> StaticCache:
         """An empty cache for all layers."""
         config = self.model.config
-        sizes = {"entries": config.kv_lora_rank + config.qk_rope_head_dim, "index": config.index_head_dim}
+        sizes = (config.kv_lora_rank + config.qk_rope_head_dim, config.index_head_dim)
         return StaticCache(
             num_layers=config.num_hidden_layers,
             num_rows=rows,
@@ -114,30 +117,20 @@ class _Wave:
             # Rows that have stopped but are not dropped yet repeat their last token, harmlessly.
             position_B = np.minimum(self.lengths_B, self.capacity) - 1
             tokens_B = self.tokens_BL[np.arange(len(self.rows)), position_B]
-            logits_BV = self._forward(tokens_B[:, None], position_B[:, None])
+            logits_BV = self._decode(tokens_B, position_B)
 
-    def _forward(self, tokens_BQ: NDArray[np.int32], positions_BQ: NDArray[np.int64]) -> Tensor:
-        """Logits [B, V] after the last query of every row."""
+    def _decode(self, tokens_B: NDArray[np.int32], positions_B: NDArray[np.int64]) -> Tensor:
+        """Logits [B, V] after one more token of every row."""
         device = self.engine.device
-        context = StaticContext(
-            attention=self.engine.attention,
-            cache=self.cache,
-            query_positions_BQ=torch.from_numpy(positions_BQ).to(device),
-            num_keys=int(positions_BQ.max()) + 1,
+        logits_BV, records = self.engine.decoder.step(
+            torch.from_numpy(tokens_B).to(device),
+            torch.from_numpy(positions_B).to(device),
+            self.cache,
+            keys=(int(positions_B.min()) + 1, int(positions_B.max()) + 1),
+            record_kept=self.settings.record_kept,
         )
-        last_B = self._last_queries(positions_BQ).to(device)
-        tokens_T = torch.from_numpy(tokens_BQ.astype(np.int64).reshape(-1)).to(device)
-        logits_BV: Tensor = self.engine.model(tokens_T, context, last_B)
-        if self.settings.record_kept or self.settings.record_experts:
-            self._record(context, positions_BQ)
+        self._record(records, np.ones_like(positions_B))
         return logits_BV
-
-    def _last_queries(self, positions_BQ: NDArray[np.int64]) -> Tensor:
-        rows, queries = positions_BQ.shape
-        last_B = (
-            np.minimum(self.lengths_B[:rows] - 1, queries - 1) if queries > 1 else np.zeros(rows, np.int64)
-        )
-        return torch.from_numpy(np.arange(rows) * queries + last_B)
 
     def _prefill(self) -> Tensor:
         """Run every distinct prompt once, then give each of its completions a copy of the cache."""
@@ -149,14 +142,23 @@ class _Wave:
         self.cache = self.engine.cache(len(unique), self.capacity)
         every, self.rows = self.rows, [self.rows[i] for i in unique]
         lengths_B, self.lengths_B = self.lengths_B, self.lengths_B[unique]
-        positions_BQ = np.broadcast_to(np.arange(width), (len(unique), width)).copy()
-        logits_BV = self._forward(self.tokens_BL[unique, :width], positions_BQ)
+        device = self.engine.device
+        context = StaticContext(
+            attention=self.engine.attention,
+            cache=self.cache,
+            query_positions_BQ=torch.arange(width, device=device).expand(len(unique), width),
+            num_keys=width,
+        )
+        tokens_T = torch.from_numpy(self.tokens_BL[unique, :width].astype(np.int64).reshape(-1)).to(device)
+        last_B = torch.from_numpy(np.arange(len(unique)) * width + self.lengths_B - 1).to(device)
+        logits_BV: Tensor = self.engine.model(tokens_T, context, last_B)
+        self._record(context.records, self.lengths_B)
         slot = {self.rows[i].request.task.id: i for i in range(len(unique))}
         copies = [slot[row.request.task.id] for row in every]
         for row, i in zip(every, copies, strict=True):
             row.kept, row.experts = list(self.rows[i].kept), list(self.rows[i].experts)
         self.rows, self.lengths_B = every, lengths_B
-        copies_B = torch.tensor(copies, device=self.engine.device)
+        copies_B = torch.tensor(copies, device=device)
         self.cache.select(copies_B)
         return logits_BV.index_select(0, copies_B)
 
@@ -239,24 +241,19 @@ class _Wave:
             setattr(self, name, getattr(self, name)[keep])
         self.cache.select(torch.from_numpy(keep).to(self.engine.device))
 
-    def _record(self, context: StaticContext, positions_BQ: NDArray[np.int64]) -> None:
-        """Note the kept entries and experts of this pass's real tokens: [N, new tokens, K or E] per row."""
-        rows, queries = positions_BQ.shape
-        layers = sorted(context.records)
-        counts_B = np.minimum(self.lengths_B[:rows], queries) if queries > 1 else np.ones(rows, np.int64)
-        if self.settings.record_kept and self.engine.attention == "sparse":
-            topk = self.engine.model.config.index_topk
-            kept = [context.records[n].kept_BQK for n in layers]
+    def _record(self, records: dict[int, LayerRecord], counts_B: NDArray[np.int64]) -> None:
+        """Note the kept entries and experts of each row's first counts_B tokens of this pass, [N, tokens, K or E]."""
+        settings, layers = self.settings, sorted(records)
+        if settings.record_kept and self.engine.attention == "sparse":
+            kept = [records[n].kept_BQK for n in layers]
             stacked_NBQK = torch.stack([k for k in kept if k is not None]).cpu().numpy().astype(np.int32)
-            width = topk - stacked_NBQK.shape[-1]  # short contexts keep fewer than top-k
+            # Short contexts keep fewer than top-k.
+            width = self.engine.model.config.index_topk - stacked_NBQK.shape[-1]
             stacked_NBQK = np.pad(stacked_NBQK, ((0, 0),) * 3 + ((0, width),), constant_values=-1)
             for i, row in enumerate(self.rows):
                 row.kept.append(stacked_NBQK[:, i, : counts_B[i]])
-        if self.settings.record_experts:
-            found = [context.records[n].experts_TE for n in layers]
-            experts = [e for e in found if e is not None]
-            if experts:
-                stacked = torch.stack(experts).cpu().numpy().astype(np.int16)
-                stacked = stacked.reshape(len(experts), rows, queries, -1)
-                for i, row in enumerate(self.rows):
-                    row.experts.append(stacked[:, i, : counts_B[i]])
+        experts = [e for e in (records[n].experts_TE for n in layers) if e is not None]
+        if settings.record_experts and experts:
+            stacked_NBQE = torch.stack(experts).unflatten(1, (len(self.rows), -1)).cpu().numpy().astype(np.int16)
+            for i, row in enumerate(self.rows):
+                row.experts.append(stacked_NBQE[:, i, : counts_B[i]])

@@ -102,15 +102,24 @@ def test_ignore_eos_gives_exactly_the_tokens_asked_for(engine: TorchEngine) -> N
 
 
 class _Scripted:
-    """A model that says what it is told: one-hot logits for the next token of a script."""
+    """A model, and its decoder, that says what it is told: one-hot logits for the next token of a script."""
 
     def __init__(self, engine: TorchEngine, script: dict[int, int]) -> None:
         self.config, self.lm_head = engine.model.config, engine.model.lm_head
         self._script = script
 
     def __call__(self, tokens_T: torch.Tensor, context: Any, at: torch.Tensor) -> torch.Tensor:
-        logits = torch.full((len(at), len(TOKENIZER)), -30.0)
-        for row, position in enumerate(context.positions_T[at].tolist()):
+        return self._logits(context.positions_T[at])
+
+    def refresh(self) -> None:
+        """As a decoder."""
+
+    def step(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return self._logits(positions_B), {}
+
+    def _logits(self, positions_B: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((len(positions_B), len(TOKENIZER)), -30.0)
+        for row, position in enumerate(positions_B.tolist()):
             logits[row, self._script[position]] = 30.0
         return logits
 
@@ -130,7 +139,8 @@ def test_turns_with_a_tool_by_hand(engine: TorchEngine) -> None:
     tokens, mask = chat.encode_with_mask(TOKENIZER, messages)
     scripted = TorchEngine.__new__(TorchEngine)
     scripted.__dict__.update(engine.__dict__)
-    scripted.model = _Scripted(engine, {i - 1: t for i, t in enumerate(tokens) if i})  # type: ignore[assignment]
+    script = _Scripted(engine, {i - 1: t for i, t in enumerate(tokens) if i})
+    scripted.model = scripted.decoder = script  # type: ignore[assignment]
     request = Request(task=task, index=0, seed=1, max_new_tokens=64, max_turns=4, tool=lookup.respond)
     (rollout,) = scripted.generate([request], Sampling())
     assert rollout.tokens.tolist() == tokens

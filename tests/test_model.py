@@ -13,7 +13,7 @@ from posttrain.kernels import reference
 from posttrain.model import checkpoint
 from posttrain.model.arch import target_logprobs
 from posttrain.model.indexer import hadamard
-from posttrain.model.moe import run_experts, update_bias
+from posttrain.model.moe import route, run_each, run_padded, update_bias
 
 
 def test_dsa_equals_dense_attention_while_everything_fits() -> None:
@@ -172,20 +172,31 @@ def test_hadamard_rotation_leaves_the_scores_alone() -> None:
     assert difference.abs().max() < 1e-4
 
 
-def test_experts_are_run_as_transformers_runs_them() -> None:
+@pytest.mark.parametrize("run", [run_each, run_padded])
+def test_experts_are_run_as_transformers_runs_them(run: Any) -> None:
     moe = tiny.model().moe_layers()[1]
     x = torch.randn(13, 40)
     _, weights, experts = moe.gate(x)
-    load = torch.bincount(experts.reshape(-1), minlength=4)
-    ours = run_experts(x, experts, weights, load, moe.experts)
+    gate_up, down = (w.transpose(1, 2) for w in (moe.experts.gate_up_proj, moe.experts.down_proj))
+    ours = run(x, experts, weights, gate_up, down)
     torch.testing.assert_close(ours, moe.experts(x, experts, weights), atol=1e-5, rtol=0)
 
 
-def test_an_expert_without_tokens_is_no_trouble() -> None:
+@pytest.mark.parametrize("run", [run_each, run_padded])
+def test_an_expert_without_tokens_is_no_trouble(run: Any) -> None:
     moe = tiny.model().moe_layers()[1]
-    experts, load = torch.tensor([[0, 3]]), torch.tensor([1, 0, 0, 1])
-    out = run_experts(torch.randn(1, 40), experts, torch.ones(1, 2), load, moe.experts)
+    gate_up, down = (w.transpose(1, 2) for w in (moe.experts.gate_up_proj, moe.experts.down_proj))
+    out = run(torch.randn(1, 40), torch.tensor([[0, 3]]), torch.ones(1, 2), gate_up, down)
     assert out.isfinite().all()
+    assert (out != 0).any()
+
+
+def test_routing_in_groups_is_that_of_transformers() -> None:
+    gate = tiny.model(n_routed_experts=12, n_group=3, topk_group=2, num_experts_per_tok=3).moe_layers()[1].gate
+    logits, weights, experts = gate(torch.randn(29, 40))
+    ours_weights, ours = route(logits, gate)
+    assert torch.equal(ours.sort().values, experts.sort().values)
+    assert torch.equal(ours_weights.sort().values, weights.sort().values)
 
 
 def test_bias_falls_for_busy_experts_and_rises_for_idle_ones() -> None:

@@ -1,0 +1,65 @@
+"""RMS norm and gated activation with backwards of their own: fewer passes over memory, less kept for later.
+
+Written out, autograd would keep every intermediate result (x^2, silu(gate), ...); here the inputs alone are
+kept. Statistics are fp32, as in transformers. Next: ../model/arch.py.
+
+Shape letters: T tokens, D hidden, F MLP width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in x's dtype."""
+    if torch.is_grad_enabled() and (x_TD.requires_grad or weight_D.requires_grad):
+        out: Tensor = _RmsNorm.apply(x_TD, weight_D, eps)
+        return out
+    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x_TD, weight_D, eps = args
+        norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32)
+        scale_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_TD, weight_D, scale_T1)
+        return (x_TD * scale_T1).to(x_TD.dtype).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """With n = x scale and g = dy weight: dx = scale (g - n mean(g n)), dweight = sum over tokens of dy n."""
+        x_TD, weight_D, scale_T1 = ctx.saved_tensors
+        dy_TD = grads[0]
+        n_TD = x_TD * scale_T1
+        products_TD = dy_TD * n_TD
+        dweight_D = products_TD.flatten(0, -2).sum(0).to(weight_D.dtype)
+        # mean(g n) = (dy n) . weight / D, from the product that dweight needs anyway
+        mean_T1 = (products_TD @ weight_D.to(products_TD.dtype)).div_(x_TD.shape[-1])[..., None]
+        dx_TD = torch.addcmul(dy_TD * weight_D, n_TD, mean_T1, value=-1).mul_(scale_T1)
+        return dx_TD.to(x_TD.dtype), dweight_D, None
+
+
+def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if torch.is_grad_enabled() and (gate_TF.requires_grad or up_TF.requires_grad):
+        out: Tensor = _SwiGlu.apply(gate_TF, up_TF)
+        return out
+    return F.silu(gate_TF).mul_(up_TF)
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args)
+        return F.silu(args[0]).mul_(args[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gate_TF, up_TF = ctx.saved_tensors
+        dgate_TF = torch.ops.aten.silu_backward(grads[0] * up_TF, gate_TF)
+        return dgate_TF, F.silu(gate_TF).mul_(grads[0])
