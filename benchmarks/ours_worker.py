@@ -55,12 +55,11 @@ def main() -> None:
 
 def _local(spec: worker.Spec) -> Side:
     learner = Learner(_setup(spec))
-    path = Path(spec.checkpoint)
-    engine = TorchEngine(checkpoint.load(path), checkpoint.load_tokenizer(path))
+    engine = TorchEngine(learner.model, checkpoint.load_tokenizer(Path(spec.checkpoint)))
     return Side(
         generate=lambda requests, settings: engine.generate(requests, settings, max_rows=MAX_ROWS),
         train=lambda batches: learner.grpo_step(batches, config.Loss(clip=spec.clip), 1.0),
-        publish=lambda version: engine.load(version, learner.weights()),
+        publish=lambda _: None,  # one process, one copy of the weights
     )
 
 

@@ -39,26 +39,26 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         entries_TE = torch.cat((self.kv_a_layernorm(kv_TR), rotate(k_rot_TP, rope)), dim=-1)
         q_rot_THP = rotate(q_rot_THP, rope)
-        entries_BLE = context.keys(self.layer_idx, "entries", context.grid(entries_TE))
-        sparse = context.attention == "sparse"
-        if sparse or context.indexer_loss != "none":
+        sparse, warmup = context.attention == "sparse", context.indexer_loss == "dense"
+        scores_BQL: Tensor | None = None
+        if sparse or warmup:
             scores_BQL = self._index_scores(x_TD, latent_TC, rope, context)
-        if sparse or context.indexer_loss == "dense" or context.diagnose:
-            q_BQHE = context.grid(torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1))
-            mask_BQL = context.mask()
-        if context.indexer_loss == "dense" or context.diagnose:
-            self._dense_indexer(q_BQHE, entries_BLE, mask_BQL, scores_BQL, context)
+        if sparse or warmup or context.diagnose:
+            absorbed_THE = torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1)
+        if warmup or context.diagnose:
+            assert scores_BQL is not None, "diagnosis needs the indexer"
+            self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
         if sparse:
-            o_THV = self._sparse(q_BQHE, entries_BLE, mask_BQL, scores_BQL, context)
+            assert scores_BQL is not None
+            o_THV = self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
         else:
-            q_BQHE = context.grid(torch.cat((q_nope_THN, q_rot_THP), dim=-1))
-            o_THV = self._dense(q_BQHE, entries_BLE, context)
+            o_THV = self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
         return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
 
     def _index_scores(self, x_TD: Tensor, latent_TC: Tensor, rope: Rope, context: Context) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
             q_TJI, k_TI, w_TJ = self.indexer(x_TD, latent_TC, rope)
-            k_BLI = context.keys(self.layer_idx, "index", context.grid(k_TI))
+            k_BLI = context.keys(self.layer_idx, "index", k_TI)
             return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
@@ -70,22 +70,25 @@ class DsaAttention(hf.DeepseekV32Attention):
         """q^A = W_UK^T q^C: [T, H, N] -> [T, H, R]."""
         return torch.bmm(q_nope_THN.transpose(0, 1), self.up_projections()[0]).transpose(0, 1)
 
-    def _sparse(
-        self, q_BQHE: Tensor, entries_BLE: Tensor, mask_BQL: Tensor, scores_BQL: Tensor, context: Context
-    ) -> Tensor:
+    def _sparse(self, q_THE: Tensor, entries_TE: Tensor, scores_BQL: Tensor, context: Context) -> Tensor:
         with torch.no_grad():
-            kept_BQK = reference.select_topk(scores_BQL, mask_BQL, self.index_topk)
-        o_BQHR, p_BQK = sparse_mla(q_BQHE, entries_BLE, kept_BQK, self.scaling, self.kv_lora_rank)
+            kept_BQK = reference.select_topk(scores_BQL, context.mask(), self.index_topk)
+        o_THR, p_TK = sparse_mla(
+            q_THE,
+            context.entries(self.layer_idx, entries_TE),
+            context.slots(kept_BQK),
+            self.scaling,
+            self.kv_lora_rank,
+        )
         record = context.record(self.layer_idx)
         record.kept_BQK = kept_BQK
         if context.indexer_loss == "sparse":
-            kept_scores_BQK = scores_BQL.gather(-1, kept_BQK.clamp(min=0))
-            kl_BQ = reference.indexer_kl(p_BQK, kept_scores_BQK, kept_BQK >= 0)
-            record.kl = (kl_BQ * context.query_mask()).sum()
-        o_THR = context.flat(o_BQHR)
+            kept_scores_TK = context.flat(scores_BQL.gather(-1, kept_BQK.clamp(min=0)))
+            record.kl = reference.indexer_kl(p_TK, kept_scores_TK, context.flat(kept_BQK >= 0)).sum()
         return torch.bmm(o_THR.transpose(0, 1), self.up_projections()[1].transpose(1, 2)).transpose(0, 1)
 
-    def _dense(self, q_BQHE: Tensor, entries_BLE: Tensor, context: Context) -> Tensor:
+    def _dense(self, q_THE: Tensor, entries_TE: Tensor, context: Context) -> Tensor:
+        q_BQHE, entries_BLE = context.grid(q_THE), context.keys(self.layer_idx, "entries", entries_TE)
         latent_BLR, k_rot_BLP = entries_BLE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv_BLH = self.kv_b_proj(latent_BLR).unflatten(-1, (q_BQHE.shape[2], -1))
         k_nope_BLHN, v_BLHV = kv_BLH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
@@ -105,12 +108,12 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         return context.flat(o_BHQV.transpose(1, 2))
 
-    def _dense_indexer(
-        self, q_BQHE: Tensor, entries_BLE: Tensor, mask_BQL: Tensor, scores_BQL: Tensor, context: Context
-    ) -> None:
+    def _dense_indexer(self, q_THE: Tensor, entries_TE: Tensor, scores_BQL: Tensor, context: Context) -> None:
         """Warm-up loss over all causal keys (Eq. 3) and the recall of attention mass by the top-k."""
+        mask_BQL = context.mask()
         with torch.no_grad():
-            p_BQL = reference.dense_probs(q_BQHE, entries_BLE, mask_BQL, self.scaling)
+            entries_BLE = context.keys(self.layer_idx, "entries", entries_TE)
+            p_BQL = reference.dense_probs(context.grid(q_THE), entries_BLE, mask_BQL, self.scaling)
         record = context.record(self.layer_idx)
         if context.indexer_loss == "dense":
             kl_BQ = reference.indexer_kl(p_BQL, scores_BQL, mask_BQL)

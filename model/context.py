@@ -54,8 +54,16 @@ class Context(Protocol):
         """[B, Q, ...] -> [T, ...]."""
         ...
 
-    def keys(self, layer: int, name: KeyName, x_BQ: Tensor) -> Tensor:
-        """Add this pass's keys of one layer; return all keys the queries may see, [B, L, ...]."""
+    def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        """Add this pass's keys [T, ...] of one layer; return all keys the queries may see, [B, L, ...]."""
+        ...
+
+    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
+        """Add this pass's entries of one layer; return all there are, one per slot, [S, E]."""
+        ...
+
+    def slots(self, kept_BQK: Tensor) -> Tensor:
+        """Kept key positions of each query's document as slots of entries(), [T, K]; -1 stays."""
         ...
 
     def mask(self) -> Tensor:
@@ -121,8 +129,14 @@ class PackedContext(_Base):
     def flat(self, x_BQ: Tensor) -> Tensor:
         return x_BQ.flatten(0, 1).index_select(0, self._to_flat)
 
-    def keys(self, layer: int, name: KeyName, x_BQ: Tensor) -> Tensor:
-        return x_BQ
+    def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        return self.grid(x_T)
+
+    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
+        return entries_TE
+
+    def slots(self, kept_BQK: Tensor) -> Tensor:
+        return self.flat(_shift(kept_BQK, self.cu_seqlens_S[:-1]))
 
     def query_mask(self) -> Tensor:
         rows, width = self._shape
@@ -154,13 +168,16 @@ class StaticContext(_Base):
 
     cache: StaticCache = field(kw_only=True)
     positions_T: Tensor = field(init=False)
+    _starts_B: Tensor = field(init=False)
+    """First slot of each row."""
     _slots_T: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.positions_T = self.query_positions_BQ.reshape(-1)
         self.num_keys = self.num_keys or int(self.query_positions_BQ.max()) + 1
-        rows_B = torch.arange(len(self.query_positions_BQ), device=self.positions_T.device)[:, None]
-        self._slots_T = (rows_B * self.cache.length + self.query_positions_BQ).reshape(-1)
+        rows = len(self.query_positions_BQ)
+        self._starts_B = torch.arange(rows, device=self.positions_T.device) * self.cache.length
+        self._slots_T = (self._starts_B[:, None] + self.query_positions_BQ).reshape(-1)
 
     def grid(self, x_T: Tensor) -> Tensor:
         return x_T.view(*self.query_positions_BQ.shape, *x_T.shape[1:])
@@ -168,10 +185,23 @@ class StaticContext(_Base):
     def flat(self, x_BQ: Tensor) -> Tensor:
         return x_BQ.flatten(0, 1)
 
-    def keys(self, layer: int, name: KeyName, x_BQ: Tensor) -> Tensor:
-        entries_BLE = self.cache.layers[layer]
-        self.cache.part(name, entries_BLE.flatten(0, 1)).index_copy_(0, self._slots_T, x_BQ.flatten(0, 1))
-        return self.cache.part(name, entries_BLE[:, : self.num_keys])
+    def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        self._add(layer, name, x_T)
+        return self.cache.part(name, self.cache.layers[layer][:, : self.num_keys])
+
+    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
+        return self._add(layer, "entries", entries_TE)
+
+    def slots(self, kept_BQK: Tensor) -> Tensor:
+        return self.flat(_shift(kept_BQK, self._starts_B))
+
+    def _add(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        part = self.cache.part(name, self.cache.layers[layer].flatten(0, 1))
+        return part.index_copy_(0, self._slots_T, x_T)
 
     def query_mask(self) -> Tensor:
         return torch.ones_like(self.query_positions_BQ, dtype=torch.bool)
+
+
+def _shift(kept_BQK: Tensor, starts_B: Tensor) -> Tensor:
+    return torch.where(kept_BQK < 0, kept_BQK, kept_BQK + starts_B[:, None, None])
