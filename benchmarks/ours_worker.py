@@ -16,7 +16,7 @@ import torch
 import transformers
 import worker
 
-from posttrain import config, packing
+from posttrain import config, packing, process
 from posttrain.advantage import advantages
 from posttrain.generation import sample_seed
 from posttrain.learner import Learner, Setup
@@ -44,6 +44,7 @@ class Side:
 def main() -> None:
     """Train for the steps of the specification; a third argument "ray" puts both halves into actors."""
     spec = worker.read_spec()
+    process.prepare()  # as our actors do
     torch.set_num_threads(spec.threads)
     use_ray = sys.argv[3:] == ["ray"]
     with PeakMemory() as peak, ExitStack() as stack:

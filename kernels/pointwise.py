@@ -24,11 +24,14 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x_TD, weight_D, eps = args
-        norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32)
+        x_TD: Tensor = args[0]
+        weight_D, eps = args[1:]
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=dtype)
         scale_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TD, weight_D, scale_T1)
-        return (x_TD * scale_T1).to(x_TD.dtype).mul_(weight_D)
+        out_TD: Tensor = (x_TD * scale_T1).to(x_TD.dtype).mul_(weight_D)
+        return out_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

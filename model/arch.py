@@ -48,6 +48,9 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {hf.DeepseekV32RMSNorm: RMSNorm,
 class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
     """One transformer block on packed tokens."""
 
+    self_attn: DsaAttention
+    mlp: "DsaMoE | hf.DeepseekV32MLP"
+
     def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
@@ -75,7 +78,9 @@ class DsaModel(hf.DeepseekV32Model):
 
     def __init__(self, config: DeepseekV32Config) -> None:
         if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act={config.hidden_act}: every known MLA model has silu, and so have we")
+            raise ValueError(
+                f"hidden_act={config.hidden_act}: every known MLA model has silu, and so have we"
+            )
         hf.DeepseekV32PreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -136,4 +141,4 @@ register_checkpoint_conversion_mapping(
     "deepseek_v32", get_checkpoint_conversion_mapping("deepseek_v32"), overwrite=True
 )
 
-__all__ = ["DeepseekV32Config", "DeepseekV32ForCausalLM", "RMSNorm", "target_logprobs"]
+__all__ = ["DeepseekV32Config", "DeepseekV32ForCausalLM", "DsaDecoderLayer", "RMSNorm", "target_logprobs"]

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 
 from posttrain.kernels import reference
 from posttrain.kernels.pointwise import swiglu
-from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.model.arch import DeepseekV32ForCausalLM, DsaDecoderLayer
 from posttrain.model.attention import DsaAttention
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache
 from posttrain.model.indexer import hadamard
@@ -38,6 +39,16 @@ class _Mlp:
 
 
 @dataclass(slots=True)
+class _Routed:
+    """The routed experts of a block."""
+
+    router: hf.DeepseekV32TopkRouter
+    scores: Tensor
+    """[D, X], fp32."""
+    experts: _Mlp
+
+
+@dataclass(slots=True)
 class _Layer:
     """One block; matrices are [in, out]."""
 
@@ -55,10 +66,7 @@ class _Layer:
     mlp_norm: Tensor
     mlp: _Mlp
     """Dense, or the shared experts."""
-    moe: DsaMoE | None = None
-    gate: Tensor | None = None
-    """[D, X], fp32."""
-    experts: _Mlp | None = None
+    routed: _Routed | None
 
 
 @dataclass(slots=True)
@@ -88,21 +96,22 @@ class Decoder:
         self.eps: float = config.rms_norm_eps
         self.topk: int = config.index_topk
         self.layers: list[_Layer] = []
-        self._seen: list[tuple[int, int]] = []
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Lay the model's weights out, if any of them has changed since the last time."""
-        seen = [(tensor.data_ptr(), tensor._version) for tensor in self.model.parameters()]
-        if seen == self._seen:
-            return
-        self._seen = seen
-        self.layers = [_lay_out(layer) for layer in self.model.model.layers]
+        """Lay the model's present weights out (autograd's version counters do not see every optimizer)."""
+        self.layers = [_lay_out(block) for block in self.model.model.layers]
         self.head = _turned(self.model.lm_head)
 
     @torch.inference_mode()
     def step(
-        self, tokens_B: Tensor, positions_B: Tensor, cache: StaticCache, *, keys: tuple[int, int], record_kept: bool
+        self,
+        tokens_B: Tensor,
+        positions_B: Tensor,
+        cache: StaticCache,
+        *,
+        keys: tuple[int, int],
+        record_kept: bool,
     ) -> tuple[Tensor, dict[int, LayerRecord]]:
         """Logits fp32 [B, V] after the given tokens, which enter the cache at their positions.
 
@@ -153,9 +162,7 @@ class Decoder:
             (layer.from_latent.shape[0], R, P, I), -1
         )
         latent_BC = self._norm(latent_BC, a.q_a_layernorm.weight)
-        q_B, q_index_B = (latent_BC @ layer.from_latent).split(
-            (H * a.qk_head_dim, a.indexer.n_heads * I), -1
-        )
+        q_B, q_index_B = (latent_BC @ layer.from_latent).split((H * a.qk_head_dim, a.indexer.n_heads * I), -1)
         q_nope_BHN, q_rot_BHP = q_B.view(num_rows, H, -1).split((a.qk_nope_head_dim, P), -1)
         rotated = rotate(torch.cat((q_rot_BHP, k_rot_BP[:, None]), 1), step.rope)
         index = self._index_heads(layer, q_index_B.view(num_rows, -1, I), k_index_BI, step.rope)
@@ -207,10 +214,10 @@ class Decoder:
         """x plus its MLP."""
         h_BD = self._norm(x_BD, layer.mlp_norm)
         out_BD = torch.addmm(x_BD, layer.mlp.hidden(h_BD), layer.mlp.down)
-        if layer.moe is None or layer.gate is None or layer.experts is None:
+        if layer.routed is None:
             return out_BD
-        weights_BE, record.experts_TE = route(h_BD.float() @ layer.gate, layer.moe.gate)
-        experts = layer.experts
+        weights_BE, record.experts_TE = route(h_BD.float() @ layer.routed.scores, layer.routed.router)
+        experts = layer.routed.experts
         return out_BD + run_padded(h_BD, record.experts_TE, weights_BE, experts.gate_up, experts.down)
 
 
@@ -219,29 +226,28 @@ def _turned(*linears: nn.Linear) -> Tensor:
     return torch.cat([linear.weight for linear in linears]).t().contiguous()
 
 
-def _lay_out(layer: nn.Module) -> _Layer:
-    attention: DsaAttention = layer.self_attn
-    indexer, mlp = attention.indexer, layer.mlp
+def _lay_out(block: DsaDecoderLayer) -> _Layer:
+    attention, mlp = block.self_attn, block.mlp
+    indexer = attention.indexer
     absorb_HNR, values_HVR = attention.up_projections()
-    scale = indexer.n_heads**-0.5 * indexer.head_dim**-0.5
-    is_moe = isinstance(mlp, DsaMoE)
-    dense = mlp.shared_experts if is_moe else mlp
+    routed = mlp if isinstance(mlp, DsaMoE) else None
+    dense = mlp.shared_experts if isinstance(mlp, DsaMoE) else mlp
     return _Layer(
         attention=attention,
-        norm=layer.input_layernorm.weight,
+        norm=block.input_layernorm.weight,
         from_hidden=_turned(attention.q_a_proj, attention.kv_a_proj_with_mqa, indexer.wk),
-        index_weights=indexer.weights_proj.weight.float().t().contiguous() * scale,
+        index_weights=_turned(indexer.weights_proj).float() * indexer.n_heads**-0.5 * indexer.head_dim**-0.5,
         from_latent=_turned(attention.q_b_proj, indexer.wq_b),
         absorb_HNR=absorb_HNR,
         values_HRV=values_HVR.transpose(1, 2),
         out=_turned(attention.o_proj),
-        mlp_norm=layer.post_attention_layernorm.weight,
+        mlp_norm=block.post_attention_layernorm.weight,
         mlp=_Mlp(_turned(dense.gate_proj, dense.up_proj), _turned(dense.down_proj)),
-        moe=mlp if is_moe else None,
-        gate=mlp.gate.weight.float().t().contiguous() if is_moe else None,
-        experts=_Mlp(
-            *(w.transpose(1, 2).contiguous() for w in (mlp.experts.gate_up_proj, mlp.experts.down_proj))
-        )
-        if is_moe
-        else None,
+        routed=None if routed is None else _lay_out_experts(routed),
     )
+
+
+def _lay_out_experts(moe: DsaMoE) -> _Routed:
+    experts = moe.experts
+    matrices = (w.transpose(1, 2).contiguous() for w in (experts.gate_up_proj, experts.down_proj))
+    return _Routed(router=moe.gate, scores=moe.gate.weight.float().t().contiguous(), experts=_Mlp(*matrices))

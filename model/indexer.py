@@ -16,6 +16,7 @@ from transformers.models.deepseek_v32.configuration_deepseek_v32 import Deepseek
 
 from posttrain.model.rope import Rope, rotate
 
+
 def hadamard(x: Tensor) -> Tensor:
     """Orthonormal Walsh-Hadamard rotation of the last dimension, whose size is a power of two."""
     size = x.shape[-1]
@@ -53,7 +54,8 @@ class LightningIndexer(hf.DeepseekV32Indexer):
             self.wk(x_TD).float(), (self.head_dim,), norm.weight.float(), norm.bias.float(), norm.eps
         ).to(x_TD.dtype)
         q_TJI, k_TI = (
-            torch.cat((rotate(x[..., :rotary], rope, halves=True), x[..., rotary:]), -1) for x in (q_TJI, k_TI)
+            torch.cat((rotate(x[..., :rotary], rope, halves=True), x[..., rotary:]), -1)
+            for x in (q_TJI, k_TI)
         )
         if self.use_hadamard:  # both sides or none: rotating one side destroys the scores
             q_TJI, k_TI = hadamard(q_TJI), hadamard(k_TI)

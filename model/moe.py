@@ -48,7 +48,9 @@ def route(logits_TX: Tensor, gate: hf.DeepseekV32TopkRouter) -> tuple[Tensor, Te
     choice_TX = scores_TX + gate.e_score_correction_bias
     if gate.num_group > 1:
         grouped_TGX = choice_TX.view(len(choice_TX), gate.num_group, -1)
-        best_TG = grouped_TGX.topk(2, dim=-1).values.sum(-1).topk(gate.topk_group, dim=-1, sorted=False).indices
+        best_TG = (
+            grouped_TGX.topk(2, dim=-1).values.sum(-1).topk(gate.topk_group, dim=-1, sorted=False).indices
+        )
         allowed_TG = torch.zeros_like(grouped_TGX[..., 0], dtype=torch.bool).scatter_(1, best_TG, True)
         choice_TX = grouped_TGX.masked_fill(~allowed_TG[..., None], float("-inf")).flatten(1)
     experts_TE = choice_TX.topk(gate.top_k, dim=-1, sorted=False).indices
@@ -62,9 +64,7 @@ def _gate_weights(scores_TX: Tensor, experts_TE: Tensor, gate: hf.DeepseekV32Top
     return weights_TE * gate.routed_scaling_factor
 
 
-def run_each(
-    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
+def run_each(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Weighted sum of each token's experts: (token, expert) pairs sorted by expert, one product per expert.
 
     gate_up is [X, D, 2 F], down [X, F, D].
@@ -78,13 +78,10 @@ def run_each(
         gate, up = (x @ gate_up_DF).chunk(2, dim=-1)
         outputs.append(swiglu(gate, up) @ down_FD)
     back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=x_TD.device))
-    out_TED = torch.cat(outputs).index_select(0, back_S).view(*experts_TE.shape, -1)
-    return (out_TED * weights_TE[..., None].to(out_TED.dtype)).sum(1)
+    return _weighted(torch.cat(outputs).index_select(0, back_S), weights_TE)
 
 
-def run_padded(
-    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
+def run_padded(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The same in one batched product over all experts, each padded to the largest load."""
     num_experts, per_token = len(gate_up), experts_TE.shape[1]
     expert_S = experts_TE.reshape(-1)
@@ -95,7 +92,12 @@ def run_padded(
     padded_SD.index_copy_(0, slot_S, x_TD.repeat_interleave(per_token, 0))
     gate, up = torch.bmm(padded_SD.view(num_experts, most, -1), gate_up).chunk(2, dim=-1)
     out_SD = torch.bmm(swiglu(gate, up), down).flatten(0, 1)
-    out_TED = out_SD.index_select(0, slot_S).view(*experts_TE.shape, -1)
+    return _weighted(out_SD.index_select(0, slot_S), weights_TE)
+
+
+def _weighted(out_SD: Tensor, weights_TE: Tensor) -> Tensor:
+    """Sum over each token's experts, their outputs one after another."""
+    out_TED = out_SD.view(*weights_TE.shape, -1)
     return torch.bmm(weights_TE[:, None].to(out_TED.dtype), out_TED)[:, 0]
 
 

@@ -26,6 +26,8 @@ def rotate(x: Tensor, rope: Rope, *, halves: bool = False) -> Tensor:
 
     Components i and i + 1 form a number (interleaved, GPT-J), or with halves i and i + P / 2 (NeoX).
     """
-    numbers = x.float().unflatten(-1, (2, -1)).transpose(-1, -2) if halves else x.float().unflatten(-1, (-1, 2))
+    numbers = (
+        x.float().unflatten(-1, (2, -1)).transpose(-1, -2) if halves else x.float().unflatten(-1, (-1, 2))
+    )
     turned = torch.view_as_complex(numbers.contiguous()) * rope.view(len(rope), *[1] * (x.dim() - 2), -1)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import psutil
 import ray
 
-from posttrain import config
+from posttrain import config, process
 from posttrain.learner import Learner, Setup
 from posttrain.rollouts.pool import Pool, PoolSetup, wait
 from posttrain.schema import Batch
@@ -167,6 +167,7 @@ class _LearnerActor:
     def __init__(self, threads: int) -> None:
         import torch
 
+        process.prepare()
         torch.set_num_threads(threads)
         self._learner: Learner | None = None
 

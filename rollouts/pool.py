@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import ray
 
-from posttrain import config
+from posttrain import config, process
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.schema import Rollout
 
@@ -131,6 +131,7 @@ class _RolloutActor:
     """Runs in the actor's process: one engine after another."""
 
     def __init__(self) -> None:
+        process.prepare()
         self._engine: Any = None
         self._max_rows = 1
 

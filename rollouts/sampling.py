@@ -44,8 +44,7 @@ def choose(logp_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> Tensor:
     if greedy:
         return logp_BV.argmax(-1)
     cumulative_BV = logp_BV.exp().cumsum(-1)
-    target_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
-    token_B = (cumulative_BV <= target_B1).sum(-1)
-    # Rounding may put the target at the very end: fall back to the last token that has any mass.
-    last_B = logp_BV.shape[-1] - 1 - (logp_BV.flip(-1) > float("-inf")).int().argmax(-1)
-    return torch.minimum(token_B, last_B)
+    total_B1 = cumulative_BV[:, -1:]
+    token_B = (cumulative_BV <= uniforms_B[:, None] * total_B1).sum(-1)
+    # Rounding may put the target at the very end: fall back to the last token that adds any mass.
+    return torch.minimum(token_B, (cumulative_BV < total_B1).sum(-1))

@@ -254,6 +254,8 @@ class _Wave:
                 row.kept.append(stacked_NBQK[:, i, : counts_B[i]])
         experts = [e for e in (records[n].experts_TE for n in layers) if e is not None]
         if settings.record_experts and experts:
-            stacked_NBQE = torch.stack(experts).unflatten(1, (len(self.rows), -1)).cpu().numpy().astype(np.int16)
+            stacked_NBQE = (
+                torch.stack(experts).unflatten(1, (len(self.rows), -1)).cpu().numpy().astype(np.int16)
+            )
             for i, row in enumerate(self.rows):
                 row.experts.append(stacked_NBQE[:, i, : counts_B[i]])

@@ -66,6 +66,45 @@ def test_cached_decoding_is_the_full_forward(engine: TorchEngine, settings: Samp
             assert (best == rollout.tokens[1:])[rollout.sampled[1:]].all()
 
 
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "hadamard": {"index_hadamard": True},
+    "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+    "no shared width": {"v_head_dim": 22, "qk_nope_head_dim": 9, "kv_lora_rank": 17, "n_shared_experts": 2},
+    "one head": {"num_attention_heads": 1, "num_key_value_heads": 1, "index_heads": 1},
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_MODELS.values(), ids=OTHER_MODELS.keys())
+def test_cached_decoding_of_other_models(changes: dict[str, Any]) -> None:
+    other = TorchEngine(tiny.model(topk=7, seed=4, **changes), TOKENIZER)
+    _check_logprobs(other, other.generate(_requests(7), Sampling()), Sampling())
+
+
+def test_cached_decoding_with_dense_attention() -> None:
+    dense = TorchEngine(tiny.model(topk=7, seed=2), TOKENIZER, "dense")
+    for rollout in dense.generate(_requests(7), Sampling()):
+        tokens = torch.from_numpy(rollout.tokens.astype(np.int64))
+        with torch.no_grad():
+            logits = dense.model(tokens, tiny.packed([len(tokens)], "dense"))
+        logp = logits[:-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0].numpy()
+        np.testing.assert_allclose(rollout.logprobs[1:], logp * rollout.sampled[1:], atol=1e-4)
+
+
+def test_new_weights_are_used_however_they_came() -> None:
+    engine = TorchEngine(tiny.model(topk=7, seed=2), TOKENIZER)
+    before = engine.generate(_requests(3), Sampling())
+    optimizer = torch.optim.AdamW(engine.model.parameters(), lr=0.01, fused=True)
+    for parameter in engine.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    after = engine.generate(_requests(3), Sampling())
+    _check_logprobs(engine, after, Sampling())
+    engine.load(1, tiny.model(topk=7, seed=2).state_dict())
+    again = engine.generate(_requests(3), Sampling())
+    assert [r.tokens.tolist() for r in again] == [r.tokens.tolist() for r in before]
+    assert [r.tokens.tolist() for r in after] != [r.tokens.tolist() for r in before]
+
+
 def test_recorded_keys_and_experts_are_those_of_the_full_forward(engine: TorchEngine) -> None:
     settings = Sampling(record_kept=True, record_experts=True)
     for rollout in engine.generate(_requests(5), settings):

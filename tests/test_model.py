@@ -192,7 +192,9 @@ def test_an_expert_without_tokens_is_no_trouble(run: Any) -> None:
 
 
 def test_routing_in_groups_is_that_of_transformers() -> None:
-    gate = tiny.model(n_routed_experts=12, n_group=3, topk_group=2, num_experts_per_tok=3).moe_layers()[1].gate
+    gate = (
+        tiny.model(n_routed_experts=12, n_group=3, topk_group=2, num_experts_per_tok=3).moe_layers()[1].gate
+    )
     logits, weights, experts = gate(torch.randn(29, 40))
     ours_weights, ours = route(logits, gate)
     assert torch.equal(ours.sort().values, experts.sort().values)
