@@ -19,6 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
+from posttrain.kernels import index_topk_triton as topk
+from posttrain.kernels import indexer_kl_triton as kl
 from posttrain.kernels import sparse_mla_triton as mla
 
 QUERIES, KEPT, LATENT, ROTARY = 4096, 2048, 512, 64
@@ -42,7 +44,7 @@ class Case:
 def main() -> None:
     """Check, measure, print, write."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("part", choices=("mla",))
+    options.add_argument("part", choices=("mla", "indexer"))
     options.add_argument("--tune", action="store_true", help="also time other launch shapes")
     options.add_argument("--keys", type=int, nargs="+", default=[32768])
     options.add_argument("--json", type=Path)
@@ -53,7 +55,8 @@ def main() -> None:
         "triton": triton.__version__,
     }
     print(report, flush=True)
-    report["mla"] = _mla(args.keys, tune=args.tune)
+    measure = {"mla": _mla, "indexer": _indexer}[args.part]
+    report[args.part] = measure(args.keys, tune=args.tune)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -122,7 +125,9 @@ def _gate(heads: int) -> dict[str, Any]:
         torch.randn(*shape, generator=make, device="cuda", dtype=torch.bfloat16)
         for shape in ((num, heads, 576), (keys, 576), (num, heads, 512))
     )
-    slots = torch.rand(num, keys, generator=make, device="cuda").topk(KEPT, dim=-1).indices.sort(-1).values.int()
+    slots = (
+        torch.rand(num, keys, generator=make, device="cuda").topk(KEPT, dim=-1).indices.sort(-1).values.int()
+    )
     slots[3, 100:] = -1
     slots[4, 1:] = -1
     slots[5, ::3] = -1
@@ -140,11 +145,36 @@ def _gate(heads: int) -> dict[str, Any]:
             assert ours is not None
             error, allowed = ((x.double() - true).norm() / true.norm() for x in (ours, bf16))
             figures[f"{name}{' det' if deterministic else ''}"] = (float(error), float(allowed))
-            assert error <= 2 * allowed, f"H={heads} {name}: error {error:.2e}, the bf16 definition has {allowed:.2e}"
+            assert error <= 2 * allowed, (
+                f"H={heads} {name}: error {error:.2e}, the bf16 definition has {allowed:.2e}"
+            )
         for run in runs[1:]:
-            same = [torch.equal(a, b) for a, b in zip(runs[0], run, strict=True) if a is not None and b is not None]
+            same = [
+                torch.equal(a, b)
+                for a, b in zip(runs[0], run, strict=True)
+                if a is not None and b is not None
+            ]
             assert same[0] and same[2] and (same[1] or not deterministic), f"not repeatable: {same}"
     return figures
+
+
+class Table:
+    """Times of one case; prints each as it comes."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def add(self, name: str, run: Callable[[], Any], flop: float) -> None:
+        """Time one run; a launch shape that does not fit is a result, not an end."""
+        try:
+            ms = median_ms(run)
+        except Exception as error:
+            print(f"{self.case.name} {name}: {type(error).__name__} {str(error)[:90]}", flush=True)
+            return
+        rate = flop / ms / 1e9
+        self.rows[name] = {"ms": ms, "tflops": rate}
+        print(f"{self.case.name:16s} {name:40s} {ms:8.3f} ms {rate:6.0f} TFLOP/s", flush=True)
 
 
 def _mla(keys: list[int], *, tune: bool) -> dict[str, Any]:
@@ -152,59 +182,99 @@ def _mla(keys: list[int], *, tune: bool) -> dict[str, Any]:
     for name, figures in report["gate"].items():
         print(name, {k: f"{a:.2e} (bf16 definition {b:.2e})" for k, (a, b) in figures.items()}, flush=True)
     for heads, num, kind in itertools.product((64, 128), keys, ("loc", "rand")):
-        case = Case(heads, num, kind)
-        q, kv, slots, do = _inputs(case)
-        o, lse = mla.forward(q, kv, slots, SCALE, LATENT)
-        flop = 2 * heads * KEPT * QUERIES
-        rows: dict[str, tuple[float, float]] = {}
-
-        def add(name: str, run: Callable[[], Any], dims: int) -> None:
-            try:
-                ms = median_ms(run)
-            except Exception as error:  # a launch shape that does not fit is a result, not an end
-                print(f"{case.name} {name}: {type(error).__name__} {str(error)[:90]}", flush=True)
-                return
-            rows[name] = (ms, flop * dims / ms / 1e9)
-            print(f"{case.name:16s} {name:34s} {ms:8.3f} ms {rows[name][1]:6.0f} TFLOP/s", flush=True)
-
-        add("forward", lambda: mla.forward(q, kv, slots, SCALE, LATENT), 1088)
-        for deterministic in (False, True):
-            add(
-                f"backward + target{', deterministic' if deterministic else ''}",
-                lambda: mla.backward(
-                    q, kv, slots, o, lse, do, SCALE, deterministic=deterministic, with_target=True
-                ),
-                2752,
-            )
-        if tune and kind == "loc":
-            _tune(add, q, kv, slots, do, o, lse)
-        report[case.name] = rows
+        table = Table(Case(heads, num, kind))
+        _time_mla(table, tune=tune and kind == "loc")
+        report[table.case.name] = table.rows
     return report
 
 
-def _tune(add: Callable[..., None], q: Tensor, kv: Tensor, slots: Tensor, do: Tensor, o: Tensor, lse: Tensor) -> None:
-    for warps, stages, keys in ((8, 2, 64), (8, 3, 64), (4, 2, 64), (8, 2, 32), (8, 3, 32)):
-        tiles = mla.Tiles(keys=keys, warps=warps, stages=stages)
-        add(f"forward {keys} w{warps} s{stages}", lambda: mla.forward(q, kv, slots, SCALE, LATENT, tiles), 1088)
+def _time_mla(table: Table, *, tune: bool) -> None:
+    q, kv, slots, do = _inputs(table.case)
+    o, lse = mla.forward(q, kv, slots, SCALE, LATENT)
+    pairs = 2.0 * table.case.heads * KEPT * QUERIES
 
-    def back(tiles_q: mla.Tiles, tiles_kv: mla.Tiles, det: bool = False) -> Callable[[], Any]:
+    def forward(tiles: mla.Tiles = mla.FORWARD) -> Callable[[], Any]:
+        return lambda: mla.forward(q, kv, slots, SCALE, LATENT, tiles)
+
+    def backward(
+        tiles_q: mla.Tiles = mla.BACKWARD_Q, tiles_kv: mla.Tiles = mla.BACKWARD_KV, *, exact: bool = False
+    ) -> Callable[[], Any]:
         return lambda: mla.backward(
             q, kv, slots, o, lse, do, SCALE,
-            deterministic=det, with_target=True, tiles_q=tiles_q, tiles_kv=tiles_kv,
+            deterministic=exact, with_target=True, tiles_q=tiles_q, tiles_kv=tiles_kv,
         )  # fmt: skip
 
-    for keys, warps, stages in ((32, 8, 2), (64, 8, 1), (32, 8, 1), (32, 8, 3)):
-        shape = mla.Tiles(keys=keys, warps=warps, stages=stages)
-        add(f"backward, q {keys} w{warps} s{stages}", back(shape, mla.BACKWARD_KV), 2752)
-    for keys, warps, stages in ((128, 4, 2), (64, 4, 2), (64, 8, 2), (128, 8, 1), (64, 4, 1), (64, 4, 3)):
-        shape = mla.Tiles(keys=keys, warps=warps, stages=stages)
-        for det in (False, True):
-            add(f"backward, kv {keys} w{warps} s{stages}{' det' * det}", back(mla.BACKWARD_Q, shape, det), 2752)
-    before = mla.WORKSPACE_BYTES
-    for shift in (26, 27, 28, 29):
-        mla.WORKSPACE_BYTES = 1 << shift
-        add(f"backward, workspace {1 << (shift - 20)} MiB", back(mla.BACKWARD_Q, mla.BACKWARD_KV), 2752)
-    mla.WORKSPACE_BYTES = before
+    table.add("forward", forward(), pairs * 1088)
+    table.add("backward + target", backward(), pairs * 2752)
+    table.add("backward + target, deterministic", backward(exact=True), pairs * 2752)
+    if not tune:
+        return
+    for columns, keys, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (1, 2)):
+        shape = mla.Tiles(keys=keys, warps=warps, stages=stages, columns=columns)
+        table.add(f"backward kv {columns}x{keys} w{warps} s{stages}", backward(tiles_kv=shape), pairs * 2752)
+
+
+def _indexer(keys: list[int], *, tune: bool) -> dict[str, Any]:
+    """Scores + top-k, and the KL with its gradients."""
+    report: dict[str, Any] = {}
+    make = torch.Generator(device="cuda").manual_seed(0)
+    for num in keys:
+        q = torch.randn(QUERIES, 64, 128, generator=make, device="cuda", dtype=torch.bfloat16)
+        k = torch.randn(num, 128, generator=make, device="cuda", dtype=torch.bfloat16)
+        w = torch.randn(QUERIES, 64, generator=make, device="cuda") * 128**-0.5 / 8
+        ends = torch.arange(num - QUERIES + 1, num + 1, device="cuda", dtype=torch.int32)
+        begins = torch.zeros_like(ends)
+        part = slice(0, 64)
+        scores = torch.einsum("nji,si->nsj", q[part].float(), k.float()).relu() @ w[part, :, None]
+        unseen = torch.arange(num, device="cuda") >= ends[part, None]
+        wanted = scores[..., 0].masked_fill(unseen, float("-inf")).topk(KEPT).indices.sort(-1).values.int()
+        found = topk.topk(q, k, w, begins, ends, KEPT)
+        overlap = [
+            len(set(a.tolist()) & set(b.tolist())) / KEPT for a, b in zip(found[part], wanted, strict=True)
+        ]
+        print(f"{num // 1024}k: overlap with fp32 (TF32 off) top-k: least {min(overlap):.4f}", flush=True)
+        assert min(overlap) > 0.995, "the selection is wrong"
+        assert (found[:, 1:] > found[:, :-1]).all() and found.max() < num
+        assert torch.equal(found, topk.topk(q, k, w, begins, ends, KEPT)), "not repeatable"
+        moved = topk.topk(
+            *(x[1000:2003].contiguous() for x in (q,)),
+            k,
+            w[1000:2003],
+            begins[1000:2003],
+            ends[1000:2003],
+            KEPT,
+        )
+        assert torch.equal(found[1000:2003], moved), "depends on the chunking"
+        pairs = float(ends.sum())
+        table = Table(Case(64, num, "index"))
+        table.add("scores + top-k bf16", lambda: topk.topk(q, k, w, begins, ends, KEPT), 2 * 64 * 128 * pairs)  # noqa: B023
+        if tune:
+            for block, queries, warps, stages in itertools.product((128, 256), (16, 64), (4, 8), (2, 3, 4)):
+                shape = topk.Shape(keys=block, queries=queries, warps=warps, stages=stages)
+                table.add(
+                    f"scores {block}x{queries} w{warps} s{stages}",
+                    lambda: topk.topk(q, k, w, begins, ends, KEPT, shape=shape),
+                    2 * 64 * 128 * pairs,
+                )  # noqa: B023
+        slots = kept_keys(Case(64, num, "loc"))
+        p = torch.rand(QUERIES, KEPT, generator=make, device="cuda").softmax(-1)
+        weight = torch.full((QUERIES,), 1 / QUERIES, device="cuda")
+        for exact in (False, True):
+            table.add(
+                f"KL and gradients{' exact' * exact}",
+                lambda: kl.indexer_kl(q, k, w, slots, p, weight, deterministic=exact),
+                6 * 64 * 128 * KEPT * QUERIES,
+            )  # noqa: B023
+        if tune:
+            for block, warps, stages in itertools.product((32, 64, 128), (4, 8), (1, 2, 3)):
+                shape = kl.Shape(keys=block, warps=warps, stages=stages)
+                table.add(
+                    f"KL {block} w{warps} s{stages}",
+                    lambda: kl.indexer_kl(q, k, w, slots, p, weight, deterministic=False, shape=shape),
+                    6 * 64 * 128 * KEPT * QUERIES,
+                )  # noqa: B023
+        report[table.case.name] = table.rows
+    return report
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ class Tiles:
     keys: int = 64
     warps: int = 8
     stages: int = 2
+    columns: int = 128
+    """Entry columns of one program of the second backward kernel."""
 
 
 FORWARD = Tiles()
-BACKWARD_Q = Tiles(keys=32)
-BACKWARD_KV = Tiles(keys=128, warps=4)
-COLUMNS = 128
-"""Entry columns of one program of the second backward kernel."""
+BACKWARD_Q = Tiles(stages=1)
+BACKWARD_KV = Tiles(warps=4, stages=3)
 
 
 @triton.jit
@@ -290,9 +290,9 @@ def backward(
             scale, len(entries_SE), first, **shape, TARGET=with_target,
             INTERPRET=_interpreted(), STAGES=tiles_q.stages, num_warps=tiles_q.warps,
         )  # fmt: skip
-        _backward_kv_kernel[(triton.cdiv(E, COLUMNS), count)](
+        _backward_kv_kernel[(triton.cdiv(E, tiles_kv.columns), count)](
             q_NHE, slots_NK, do_NHR, work[0], work[1], dkv_SE, unit, lost, len(entries_SE), first,
-            H=H, R=value_size, P=E - value_size, K=K, BH=BH, BC=COLUMNS, BK=tiles_kv.keys,
+            H=H, R=value_size, P=E - value_size, K=K, BH=BH, BC=tiles_kv.columns, BK=tiles_kv.keys,
             EXACT=deterministic, INTERPRET=_interpreted(), STAGES=tiles_kv.stages, num_warps=tiles_kv.warps,
         )  # fmt: skip
     if deterministic:

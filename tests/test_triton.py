@@ -1,0 +1,234 @@
+"""Triton kernels against their definitions in fp64: in the interpreter without a GPU, compiled with one.
+
+Odd sizes, missing entries at the end and in between, empty rows, duplicates, poison in everything nobody kept,
+outputs and workspaces that start as NaN.
+"""
+
+import pytest
+import torch
+
+from posttrain.kernels import index_topk_triton as index_topk
+from posttrain.kernels import indexer_kl_triton as indexer_kl
+from posttrain.kernels import reference
+from posttrain.kernels import sparse_mla_triton as sparse_mla
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALE = 0.3
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN."""
+    for name in ("new_empty",):
+        make = getattr(torch.Tensor, name)
+
+        def poisoned(
+            self: torch.Tensor, *args: object, _make: object = make, **kwargs: object
+        ) -> torch.Tensor:
+            out: torch.Tensor = _make(self, *args, **kwargs)  # type: ignore[operator]
+            return out.fill_(NAN) if out.is_floating_point() else out
+
+        monkeypatch.setattr(torch.Tensor, name, poisoned)
+
+
+def _random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def _slots(num: int, kept: int, keys: int) -> torch.Tensor:
+    """Rows of every kind; slot 0 is in none of them."""
+    make = torch.Generator().manual_seed(num)
+    slots = torch.full((num, kept), -1, dtype=torch.int32)
+    for row in range(num):
+        count = min(kept, keys - 1, 3 * row)  # the first row is empty
+        slots[row, :count] = (torch.randperm(keys - 1, generator=make)[:count] + 1).sort().values.int()
+    slots[num // 2, ::3] = -1  # holes
+    slots[num - 1, 1] = slots[num - 1, 0]  # a duplicate
+    slots[num - 2, 0] = keys + 5  # beyond the end
+    return slots.to(DEVICE)
+
+
+def _definition(
+    q: torch.Tensor, kv: torch.Tensor, slots: torch.Tensor, value_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and probabilities in the dtype of the inputs; rows of zeros where nothing is kept."""
+    valid = (slots >= 0) & (slots < len(kv))
+    entries = kv[torch.where(valid, slots, 1).long()]
+    logits = (q @ entries.transpose(1, 2) * SCALE).masked_fill(~valid[:, None], float("-inf"))
+    probs = logits.softmax(-1).nan_to_num(0.0)
+    return probs @ entries[..., :value_size], probs
+
+
+SIZES = {
+    "odd": (9, 5, 24, 8, 20, 40),
+    "one head": (7, 1, 10, 6, 5, 33),
+    "two tiles of heads": (5, 19, 16, 16, 33, 70),
+}
+
+
+@pytest.mark.parametrize(
+    ("num", "heads", "value", "rotary", "kept", "keys"), SIZES.values(), ids=SIZES.keys()
+)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+def test_sparse_mla(
+    monkeypatch: pytest.MonkeyPatch, num: int, heads: int, value: int, rotary: int, kept: int, keys: int,
+    deterministic: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sparse_mla, "WORKSPACE_BYTES", 2 * 4 * heads * kept * 4)  # four queries at a time
+    q, kv, do = _random(num, heads, value + rotary, seed=0), _random(keys, value + rotary, seed=1), None
+    slots = _slots(num, kept, keys)
+    kv[0] = NAN
+    do = _random(num, heads, value, seed=2)
+    tiles = sparse_mla.Tiles(heads=16, keys=16, warps=4, stages=1)
+    out, lse = sparse_mla.forward(q, kv, slots, SCALE, value, tiles)
+    dq, dkv, target = sparse_mla.backward(
+        q, kv, slots, out, lse, do, SCALE,
+        deterministic=deterministic, with_target=True, tiles_q=tiles, tiles_kv=tiles,
+    )  # fmt: skip
+    exact_q, exact_kv = q.double().requires_grad_(), kv.double().nan_to_num(0.0).requires_grad_()
+    wanted, probs = _definition(exact_q, exact_kv, slots, value)
+    wanted.backward(do.double())
+    assert exact_q.grad is not None and exact_kv.grad is not None and target is not None
+    for name, ours, true in (
+        ("o", out, wanted.detach()),
+        ("dq", dq, exact_q.grad),
+        ("dkv", dkv, exact_kv.grad),
+        ("p", target, probs.detach().mean(1)),
+    ):
+        torch.testing.assert_close(
+            ours.double(), true, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert lse[0].eq(float("-inf")).all() and out[0].eq(0).all() and dq[0].eq(0).all(), "an empty row"
+    logits = torch.einsum("he,se->hs", q[1], kv[slots[1, :3].long()]) * SCALE
+    torch.testing.assert_close(lse[1], logits.logsumexp(-1))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
+def test_a_gradient_that_is_not_finite_is_not_hidden_by_integers() -> None:
+    q, kv, do = _random(3, 2, 12, seed=0), _random(9, 12, seed=1), _random(3, 2, 8, seed=2)
+    slots = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int32, device=DEVICE)
+    do[1, 0, 0] = float("inf")
+    tiles = sparse_mla.Tiles(heads=16, keys=16, warps=4, stages=1)
+    out, lse = sparse_mla.forward(q, kv, slots, SCALE, 8, tiles)
+    _, dkv, _ = sparse_mla.backward(
+        q,
+        kv,
+        slots,
+        out,
+        lse,
+        do,
+        SCALE,
+        deterministic=True,
+        with_target=False,
+        tiles_q=tiles,
+        tiles_kv=tiles,
+    )
+    assert dkv.isnan().any()
+
+
+def test_sparse_mla_refuses_what_does_not_fit() -> None:
+    q, kv = _random(3, 2, 12, seed=0), _random(9, 12, seed=1)
+    with pytest.raises(ValueError, match="int32"):
+        sparse_mla.forward(q, kv, torch.zeros(3, 4, dtype=torch.long, device=DEVICE), SCALE, 8)
+    with pytest.raises(ValueError, match="do not fit"):
+        sparse_mla.forward(q, kv[:, :10], torch.zeros(3, 4, dtype=torch.int32, device=DEVICE), SCALE, 8)
+    with pytest.raises(ValueError, match="contiguous"):
+        sparse_mla.forward(q.transpose(0, 1).contiguous().transpose(0, 1), kv,
+                           torch.zeros(3, 4, dtype=torch.int32, device=DEVICE), SCALE, 8)  # fmt: skip
+
+
+LENGTHS = [23, 1, 40]
+
+
+def _ranges() -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last + 1 key of every query of packed documents."""
+    total = sum(LENGTHS)
+    begins = torch.cat([torch.full((n,), sum(LENGTHS[:i])) for i, n in enumerate(LENGTHS)])
+    return begins.int().to(DEVICE), torch.arange(1, total + 1).int().to(DEVICE)
+
+
+def _kept_by_definition(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, kept: int) -> torch.Tensor:
+    rows, start = [], 0
+    for n in LENGTHS:
+        part = slice(start, start + n)
+        scores = reference.index_scores(q[None, part], k[None, part], w[None, part] * q.shape[-1] ** 0.5)
+        mask = reference.causal_mask(torch.arange(n, device=DEVICE)[None], n)
+        found = reference.select_topk(scores, mask, kept)[0]
+        found = torch.nn.functional.pad(found, (0, kept - found.shape[1]), value=-1)
+        rows.append(torch.where(found < 0, found, found + start).int())
+        start += n
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2000, 32 << 20])
+def test_topk_over_packed_documents_with_ties(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(index_topk, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(index_topk, "ROW_BLOCK", 16)
+    # Few different values: sums are exact in any order, and ties and zeros are everywhere.
+    q, k, w = (
+        (_random(*shape, seed=i) * 2).round() / 2 for i, shape in enumerate([(64, 3, 10), (64, 10), (64, 3)])
+    )
+    found = index_topk.topk(q, k, w, *_ranges(), 7, shape=index_topk.Shape(keys=16, queries=4))
+    assert torch.equal(found, _kept_by_definition(q, k, w, 7))
+
+
+def test_topk_of_hard_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head of size one makes the score the key itself: negative, tiny, -0.0, infinite, NaN, equal."""
+    monkeypatch.setattr(index_topk, "ROW_BLOCK", 16)
+    hard = [
+        -0.0,
+        0.0,
+        1e-45,
+        -1e-45,
+        3.0,
+        float("inf"),
+        NAN,
+        -2.0,
+        -2.0,
+        3.0,
+        1e38,
+        -1e38,
+        float("-inf"),
+        0.0,
+    ]
+    scores = torch.tensor([hard], device=DEVICE)
+    out = torch.full((1, 6), -9, dtype=torch.int32, device=DEVICE)
+    begin, end = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (0, len(hard)))
+    index_topk._topk_kernel[(1,)](scores, begin, end, out, 0, 0, len(hard), K=6, BLOCK=16)
+    assert out.tolist() == [[0, 2, 4, 5, 9, 10]]  # of the zeros, 0 and 1 and 13, the lowest
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+def test_indexer_kl_and_its_gradients(deterministic: bool) -> None:
+    num, heads, size, kept, keys = 9, 3, 10, 20, 40
+    q, k, w = _random(num, heads, size, seed=0), _random(keys, size, seed=1), _random(num, heads, seed=2)
+    slots, weight = (
+        _slots(num, kept, keys),
+        torch.rand(num, generator=torch.Generator().manual_seed(1)).to(DEVICE),
+    )
+    slots[num - 1, 1] = -1  # a row does not keep a key twice here
+    k[0] = NAN
+    valid = (slots >= 0) & (slots < keys)
+    p = torch.rand(num, kept, generator=torch.Generator().manual_seed(2)).to(DEVICE) * valid
+    p = p / p.sum(-1, keepdim=True).clamp(min=1e-9)
+    p[3, 2] = 0.0
+    kl, dq, dk, dw = indexer_kl.indexer_kl(
+        q, k, w, slots, p, weight, deterministic=deterministic, shape=indexer_kl.Shape(keys=16)
+    )
+    exact = [x.double().nan_to_num(0.0).requires_grad_() for x in (q, k, w)]
+    gathered = exact[1][torch.where(valid, slots, 1).long()]
+    products = torch.einsum("nji,nki->njk", exact[0], gathered).relu()
+    scores = torch.einsum("njk,nj->nk", products, exact[2])
+    logq = scores.masked_fill(~valid, float("-inf")).log_softmax(-1)
+    mass = p.double().sum(-1, keepdim=True)
+    terms = torch.xlogy(p.double(), p.double()) - p.double() * logq.masked_fill(~valid, 0.0)
+    wanted = terms.sum(-1)
+    assert bool((mass[1:] > 0.5).all())
+    (wanted * weight.double())[1:].sum().backward()
+    torch.testing.assert_close(kl.double(), wanted.detach(), atol=1e-5, rtol=1e-5)
+    for name, ours, tensor in (("dq", dq, exact[0]), ("dk", dk, exact[1]), ("dw", dw, exact[2])):
+        assert tensor.grad is not None
+        torch.testing.assert_close(
+            ours.double(), tensor.grad, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
