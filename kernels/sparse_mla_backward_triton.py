@@ -23,7 +23,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.sparse_mla_triton import LOG2E, block, check, dot, interpreted, kept, last_kept
+from posttrain.kernels import sparse_mla_backward_gluon as gluon
+from posttrain.kernels.sparse_mla_triton import (
+    LOG2E,
+    block,
+    check,
+    dot,
+    fits_gluon,
+    interpreted,
+    kept,
+    last_kept,
+)
 
 WORKSPACE_BYTES = 512 << 20
 """P and dS of one chunk of queries (there are two such buffers); also the rows of the deterministic mode."""
@@ -47,7 +57,11 @@ class Launch:
 
     pairs: Tiles = Tiles(keys=128, columns=64, warps=4, stages=3, heads=64)
     dq: Tiles = Tiles(keys=64, columns=128, warps=4, stages=3)
-    dkv: Tiles = Tiles(keys=64, columns=64, warps=4, stages=2)
+    dkv: Tiles | None = None
+    """None: in Gluon where its shapes fit."""
+
+
+DKV = Tiles(keys=64, columns=128, warps=4, stages=3)
 
 
 LAUNCH = Launch()
@@ -179,25 +193,29 @@ def _dkv_kernel(
 @triton.jit
 def _sum_kernel(
     rows_ptr, order_ptr, starts_ptr, dkv_ptr,
-    E: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, INTERPRET: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows of one entry, BC columns, in their order."""
-    BLOCKS: tl.constexpr = tl.cdiv(E, BC)
-    slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    c = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
+    """Add the rows of one entry in their order, BI at a time."""
+    E: tl.constexpr = R + P
+    slot = tl.program_id(0).to(tl.int64)
     i = tl.load(starts_ptr + slot)
     end = tl.load(starts_ptr + slot + 1)
     if i < end:
-        acc = tl.zeros([BC], tl.float32)
+        r, p = tl.arange(0, BR), tl.arange(0, BP)
+        latent = tl.zeros([BI, BR], tl.float32)
+        rotary = tl.zeros([BI, BP], tl.float32)
         while i < end:
             at = i + tl.arange(0, BI)
-            row = tl.load(order_ptr + at, mask=at < end, other=0).to(tl.int64)
-            mask = (at < end)[:, None] & (c < E)[None, :]
-            grads = tl.load(rows_ptr + row[:, None] * E + c[None, :], mask=mask, other=0.0)
-            acc += tl.sum(grads.to(tl.float32), 0)
+            there = (at < end)[:, None]
+            row = rows_ptr + tl.load(order_ptr + at, mask=at < end, other=0)[:, None] * E
+            part = tl.load(row + r[None, :], mask=there & (r < R)[None, :], other=0.0)
+            part_rotary = tl.load(row + R + p[None, :], mask=there & (p < P)[None, :], other=0.0)
+            latent += part.to(tl.float32)
+            rotary += part_rotary.to(tl.float32)
             i += BI
-        target = dkv_ptr + slot * E + c
-        tl.store(target, tl.load(target, mask=c < E, other=0.0) + acc, mask=c < E)
+        dkv = dkv_ptr + slot * E
+        tl.store(dkv + r, tl.load(dkv + r, mask=r < R, other=0.0) + tl.sum(latent, 0), mask=r < R)
+        tl.store(dkv + R + p, tl.load(dkv + R + p, mask=p < P, other=0.0) + tl.sum(rotary, 0), mask=p < P)
 
 
 def backward(
@@ -288,13 +306,13 @@ class _Side:
 
 
 def _add_atomically(
-    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles
+    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles | None
 ) -> None:
     _dkv(q_NHE, slots_NK, do_NHR, work_nK2H, dkv_SE, dkv_SE, first, t)
 
 
 def _add_in_order(
-    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles
+    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles | None
 ) -> None:
     """Write the rows of the chunk, sort them by entry (stable: by query within an entry), sum."""
     n, K, _ = work_nK2H.shape
@@ -305,23 +323,33 @@ def _add_in_order(
     slots_L = torch.where((slots_L >= 0) & (slots_L < S), slots_L, S)
     sorted_L, order_L = slots_L.sort(stable=True)
     starts = torch.searchsorted(sorted_L, torch.arange(S + 1, dtype=torch.int32, device=slots_L.device))
-    BC = 128
-    _sum_kernel[(S * triton.cdiv(E, BC),)](
-        rows_LE, order_L, starts, dkv_SE, E=E, BC=BC, BI=16, INTERPRET=interpreted(), num_warps=2
+    R = do_NHR.shape[-1]
+    _sum_kernel[(S,)](
+        rows_LE, order_L, starts, dkv_SE, R=R, P=E - R, BR=block(R), BP=block(E - R), BI=8, num_warps=4
     )
 
 
 def _dkv(
     q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, target: Tensor, dkv_SE: Tensor,
-    first: int, t: Tiles,
+    first: int, t: Tiles | None,
 ) -> None:  # fmt: skip
     n, K, _ = work_nK2H.shape
     H, R = do_NHR.shape[1:]
     S, E = dkv_SE.shape
+    shape = {"H": H, "R": R, "P": E - R, "K": K, "ROWS": target is not dkv_SE}
+    KB = triton.next_power_of_2(K)
     for value, size in ((True, R), (False, E - R)):
-        columns = min(t.columns, block(size))
+        args = (q_NHE, slots_NK, do_NHR, work_nK2H, target, S, first)
+        if t is None and fits_gluon(q_NHE, R, E - R):
+            columns = min(gluon.COLUMNS, size)
+            gluon.dkv_kernel[(n * (size // columns),)](
+                *args, **shape, KB=max(KB, 32 * gluon.WARPS), BC=columns, BK=gluon.KEYS, VALUE=value,
+                num_warps=gluon.WARPS,
+            )  # fmt: skip
+            continue
+        tiles = t or DKV
+        columns = min(tiles.columns, block(size))
         _dkv_kernel[(n * triton.cdiv(size, columns),)](
-            q_NHE, slots_NK, do_NHR, work_nK2H, target, S, first,
-            H=H, R=R, P=E - R, K=K, KB=triton.next_power_of_2(K), BH=block(H), BC=columns, BK=t.keys,
-            VALUE=value, ROWS=target is not dkv_SE, INTERPRET=interpreted(), STAGES=t.stages, num_warps=t.warps,
+            *args, **shape, KB=KB, BH=block(H), BC=columns, BK=tiles.keys, VALUE=value,
+            INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip

@@ -22,9 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 LOG2E = gl.constexpr(math.log2(math.e))
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # the name before and since Triton 3.7
-HEADS = 64
-KEYS = 64
+HEADS = (64, 128)
+TILE = 64
+"""Heads and kept entries of a tile."""
 WARPS = 8
+
+
+@gluon.constexpr_function
+def row_layout(width):
+    """Layout in which 8 warps copy rows of so many 2-byte numbers, 16 bytes a thread."""
+    lanes = min(32, width // 8)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [WARPS, 1], [1, 0])
 
 
 @gluon.jit
@@ -44,7 +52,7 @@ def _copy(
 
 
 @gluon.jit
-def _slots(slots_row, start, num_slots, missing, K: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
+def row_slots(slots_row, start, num_slots, missing, K: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
     """Slots of a tile in a layout, `missing` for those that are."""
     at = start + gl.arange(0, BK, layout=layout)
     slots = gl.load(slots_row + at, mask=at < K, other=-1)
@@ -62,8 +70,8 @@ def forward_kernel(
     G: gl.constexpr = H // BH
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
-    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    wide: gl.constexpr = row_layout(R)
+    narrow: gl.constexpr = row_layout(P)
     line: gl.constexpr = gl.BlockedLayout([KB // 256], [32], [8], [0])
     smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -77,11 +85,10 @@ def forward_kernel(
     slots_row = slots_ptr + row * K
 
     # Which entries there are: the last valid place ends the loop, any valid slot stands in for missing ones.
-    at = gl.arange(0, KB, layout=line)
-    every = gl.load(slots_row + at, mask=at < K, other=-1)
-    valid_every = (every >= 0) & (every < num_slots)
-    stand_in = gl.maximum(gl.max(gl.where(valid_every, every, -1), 0), 0)
-    tiles = gl.cdiv(gl.max(gl.where(valid_every, at + 1, 0), 0), BK)
+    places = gl.arange(0, KB, layout=line)
+    every = row_slots(slots_row, 0, num_slots, -1, K, KB, line)
+    stand_in = gl.maximum(gl.max(every, 0), 0)
+    tiles = gl.cdiv(gl.max(gl.where(every >= 0, places + 1, 0), 0), BK)
 
     rows_wide: gl.constexpr = gl.SliceLayout(1, wide)
     rows_narrow: gl.constexpr = gl.SliceLayout(1, narrow)
@@ -90,15 +97,15 @@ def forward_kernel(
     heads_narrow = head + gl.arange(0, BH, layout=rows_narrow)
     _copy(q_ptr + row * (H * E), heads, heads_narrow, q_smem, q_rot_smem, R, P, wide, narrow)
     for tile in gl.static_range(2):
-        slots = _slots(slots_row, tile * BK, num_slots, stand_in, K, BK, rows_wide)
-        narrow_slots = _slots(slots_row, tile * BK, num_slots, stand_in, K, BK, rows_narrow)
+        slots = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, rows_wide)
+        narrow_slots = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, rows_narrow)
         _copy(kv_ptr, slots, narrow_slots, k_smem.index(tile), k_rot_smem.index(tile), R, P, wide, narrow)
 
     m = gl.full([BH], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
     total = gl.zeros([BH, BK], gl.float32, s_layout)
     acc = gl.zeros([BH, R], gl.float32, o_layout)
     zero = gl.zeros([BH, BK], gl.float32, s_layout)
-    valid = _slots(slots_row, 0, num_slots, -1, K, BK, gl.SliceLayout(0, s_layout)) >= 0
+    valid = row_slots(slots_row, 0, num_slots, -1, K, BK, gl.SliceLayout(0, s_layout)) >= 0
     async_copy.wait_group(1)
     logits = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     logits = warpgroup_mma(q_rot_smem, k_rot_smem.index(0).permute((1, 0)), logits, is_async=True)
@@ -112,9 +119,9 @@ def forward_kernel(
         this = tile % 2
         other = 1 - this
         prob_smem.store(prob.to(dtype))
-        valid = _slots(slots_row, (tile + 1) * BK, num_slots, -1, K, BK, gl.SliceLayout(0, s_layout)) >= 0
-        slots = _slots(slots_row, (tile + 2) * BK, num_slots, stand_in, K, BK, rows_wide)
-        narrow_slots = _slots(slots_row, (tile + 2) * BK, num_slots, stand_in, K, BK, rows_narrow)
+        valid = row_slots(slots_row, (tile + 1) * BK, num_slots, -1, K, BK, gl.SliceLayout(0, s_layout)) >= 0
+        slots = row_slots(slots_row, (tile + 2) * BK, num_slots, stand_in, K, BK, rows_wide)
+        narrow_slots = row_slots(slots_row, (tile + 2) * BK, num_slots, stand_in, K, BK, rows_narrow)
         async_copy.wait_group(0)  # the next tile is there
         fence_async_shared()
         acc = warpgroup_mma(prob_smem, k_smem.index(this), acc, is_async=True)

@@ -174,10 +174,10 @@ def forward(
         return o_NHR, lse_NH
     args = (q_NHE, entries_SE, slots_NK, o_NHR, lse_NH, scale, len(entries_SE))
     KB = triton.next_power_of_2(K)
-    if tiles is None and _fits_gluon(q_NHE, value_size, P):
+    if tiles is None and fits_gluon(q_NHE, value_size, P):
         gluon = sparse_mla_gluon
-        gluon.forward_kernel[(N * (H // gluon.HEADS),)](
-            *args, H=H, R=value_size, P=P, K=K, KB=max(KB, 32 * gluon.WARPS), BH=gluon.HEADS, BK=gluon.KEYS,
+        gluon.forward_kernel[(N * (H // gluon.TILE),)](
+            *args, H=H, R=value_size, P=P, K=K, KB=max(KB, 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
             num_warps=gluon.WARPS,
         )  # fmt: skip
         return o_NHR, lse_NH
@@ -192,11 +192,11 @@ def forward(
     return o_NHR, lse_NH
 
 
-def _fits_gluon(q_NHE: Tensor, value_size: int, rotary_size: int) -> bool:
-    """Whether the Gluon kernel takes this: its copies move 16 bytes and its tiles fill shared memory exactly."""
+def fits_gluon(q_NHE: Tensor, value_size: int, rotary_size: int) -> bool:
+    """Whether the Gluon kernels take this: they are compiled only, copy 16 bytes at a time and mask no head."""
     return (
         not interpreted()
-        and q_NHE.shape[1] % sparse_mla_gluon.HEADS == 0
+        and q_NHE.shape[1] in sparse_mla_gluon.HEADS
         and q_NHE.element_size() == 2
         and value_size in (256, 512)
         and rotary_size == 64
