@@ -116,7 +116,7 @@ def _seen(
     return tl.min(tl.where(sees, row, 0x7FFFFFFF), 0), tl.max(tl.where(sees, row + 1, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows", "first_key", "num_keys"])
 def _scores_kernel(
     q_ptr, k_ptr, w_ptr, k_scale_ptr, keys_ptr, begin_ptr, end_ptr,
     first_row, rows, first_key, num_keys, width,
