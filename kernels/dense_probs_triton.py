@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
+from posttrain.kernels.product_triton import dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -46,13 +47,7 @@ def _logits(
     q_rot = tl.load(q_row + C + p[None, :], mask=in_row[:, None] & (p < P)[None, :], other=0.0)
     k_at = key[:, None] * k_row_stride + h * k_head_stride + c[None, :]
     k = tl.load(k_ptr + k_at, mask=in_key[:, None] & (c < C)[None, :], other=0.0)
-    if INTERPRET:
-        out = tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32))
-        out += tl.dot(q_rot.to(tl.float32), tl.trans(k_rot).to(tl.float32))
-    else:
-        out = tl.dot(q, tl.trans(k))
-        out = tl.dot(q_rot, tl.trans(k_rot), out)
-    return out
+    return dot(q, tl.trans(k), INTERPRET) + dot(q_rot, tl.trans(k_rot), INTERPRET)
 
 
 @triton.jit
@@ -128,7 +123,8 @@ def _lse_kernel(
         new_m = tl.maximum(m, tl.max(logits, 1))
         total = total * tl.exp2(m - new_m) + tl.sum(tl.exp2(logits - new_m[:, None]), 1)
         m = new_m
-    lse = tl.where(total > 0, (m + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, float("-inf"))
+    lse = (m + tl.log2(tl.where(total == 0, 1.0, total))) / LOG2E
+    lse = tl.where(total == 0, float("-inf"), lse)
     tl.store(lse_ptr + row * H + h, lse, mask=in_row)
 
 

@@ -37,7 +37,9 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., I], contiguous, I <= 128, as float8_e4m3fn and its fp32 scales [...]: x is about e4m3 * scale."""
     size = x.shape[-1]
     if not x.is_contiguous() or size > 128:
-        raise ValueError(f"cannot quantise {tuple(x.shape)}: contiguous rows of at most 128 elements are needed")
+        raise ValueError(
+            f"cannot quantise {tuple(x.shape)}: contiguous rows of at most 128 elements are needed"
+        )
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if scale.numel():

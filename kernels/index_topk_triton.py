@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import topk_triton
+from posttrain.kernels.product_triton import dot
 
 CHUNK_BYTES = 32 << 20
 """Scores of one chunk of queries: half of an H200's L2 cache."""
@@ -145,10 +146,7 @@ def _scores_kernel(
             q_at = head * I + (nth * J + j)[:, None] * I + i[None, :]
             q = tl.load(q_ptr + q_at, mask=mask, other=0.0)
             w = tl.load(w_ptr + head + nth * J + j, mask=inside, other=0.0)
-            if INTERPRET:
-                x = tl.dot(k.to(tl.float32), tl.trans(q).to(tl.float32))
-            else:
-                x = tl.dot(k, tl.trans(q))
+            x = dot(k, tl.trans(q), INTERPRET)
             part = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
             score = tl.sum(tl.reshape(part, [BK, QD, BJ]), 2)
             if SCALED:
@@ -211,7 +209,9 @@ def _check(q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, ranges: Ranges, k_scale_S:
         )
     if (q_NJI.element_size() == 1) != (k_scale_S is not None):
         raise ValueError("quantised keys need scales, others have none")
-    if k_scale_S is not None and (k_scale_S.shape != (len(k_SI),) or k_scale_S.dtype != torch.float32 or I > 128):
+    if k_scale_S is not None and (
+        k_scale_S.shape != (len(k_SI),) or k_scale_S.dtype != torch.float32 or I > 128
+    ):
         raise ValueError(f"scales {tuple(k_scale_S.shape)} {k_scale_S.dtype} of {len(k_SI)} keys of size {I}")
     for name, tensor in (("q", q_NJI), ("k", k_SI), ("w", w_NJ)):
         if not tensor.is_contiguous():

@@ -13,7 +13,6 @@ and launch. Next: index_topk_triton.py.
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

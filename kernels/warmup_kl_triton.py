@@ -27,6 +27,7 @@ from torch import Tensor
 
 from posttrain.kernels import dense_probs_triton
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
+from posttrain.kernels.product_triton import dot
 
 SEGMENT = 8192
 """Keys of one sum of dq."""
@@ -81,15 +82,18 @@ def _scores_kernel(
         key = (first_key + at).to(tl.int64)
         there = (at < width) & (key < num_keys)
         k = tl.load(k_ptr + key[:, None] * I + i[None, :], mask=there[:, None] & (i < I)[None, :], other=0.0)
-        for local in tl.range(group if INTERPRET else start, group + BQ if INTERPRET else stop, num_stages=STAGES):
+        for local in tl.range(
+            group if INTERPRET else start, group + BQ if INTERPRET else stop, num_stages=STAGES
+        ):
             head = (first_row + local) * J if INTERPRET else (first_row + local).to(tl.int64) * J
             mask = (j < J) & (local < rows)
-            q = tl.load(q_ptr + head * I + j[:, None] * I + i[None, :], mask=mask[:, None] & (i < I)[None, :], other=0.0)
+            q = tl.load(
+                q_ptr + head * I + j[:, None] * I + i[None, :],
+                mask=mask[:, None] & (i < I)[None, :],
+                other=0.0,
+            )
             w = tl.load(w_ptr + head + j, mask=mask, other=0.0)
-            if INTERPRET:
-                x = tl.dot(k.to(tl.float32), tl.trans(q).to(tl.float32))
-            else:
-                x = tl.dot(k, tl.trans(q))
+            x = dot(k, tl.trans(q), INTERPRET)
             score = tl.sum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :], 1)
             out_at = local * width.to(tl.int64) + at
             tl.store(scores_ptr + out_at, score, mask=(at < width) & (local < rows))
@@ -131,7 +135,7 @@ def _row_kernel(
         start += BLOCK
     highest = tl.max(top, 0)
     all_total = tl.sum(total * tl.exp(top - highest), 0)
-    lse = highest + tl.log(tl.where(all_total > 0, all_total, 1.0))
+    lse = highest + tl.log(tl.where(all_total == 0, 1.0, all_total))
     all_mass = tl.sum(mass, 0)
     kl = tl.sum(entropy, 0) - tl.sum(cross, 0) + all_mass * lse
     tl.store(kl_ptr + row, tl.where(num > 0, kl, 0.0))
@@ -189,10 +193,7 @@ def _grad_q_kernel(
             di = tl.load(di_ptr + local.to(tl.int64)[:, None] * width + at[None, :], mask=seen, other=0.0)
             signs_at = (tl.program_id(0).to(tl.int64) * QD * PLANES + line)[:, None] * width + at[None, :]
             g = _signed(tl.load(signs_ptr + signs_at, mask=seen, other=0), di, BW, QD * BJ, BK, False)
-            if INTERPRET:
-                acc += tl.dot(g.to(tl.float32), k.to(tl.float32))
-            else:
-                acc = tl.dot(g, k, acc)
+            acc += dot(g, k, INTERPRET)
         document = tl.min(tl.where(begin > document, begin, 0x7FFFFFFF), 0)
     m = tl.arange(0, QD * BJ)
     local = tl.program_id(0) * QD + m // BJ
@@ -239,10 +240,14 @@ def _grad_k_kernel(
     line = tl.arange(0, QD * PLANES)
     group = tl.program_id(1) * per_split
     last = tl.minimum(group + per_split, rows)
-    start, stop = _rows_of(begin_ptr, end_ptr, first_row, last, first_key + tl.program_id(0) * BK, BK, ROWS, group)
+    start, stop = _rows_of(
+        begin_ptr, end_ptr, first_row, last, first_key + tl.program_id(0) * BK, BK, ROWS, group
+    )
     acc = tl.zeros([BK, BI], tl.float32)
     start = tl.minimum(start, stop)
-    for local in tl.range(group if INTERPRET else start, group + ROWS if INTERPRET else stop, QD, num_stages=STAGES):
+    for local in tl.range(
+        group if INTERPRET else start, group + ROWS if INTERPRET else stop, QD, num_stages=STAGES
+    ):
         row = local + line // PLANES
         inside = (row >= start) & (row < stop)
         begin = tl.load(begin_ptr + first_row + row, mask=inside, other=0)
@@ -254,11 +259,10 @@ def _grad_k_kernel(
         g = _signed(words, di, BW, BK, QD * BJ, True)
         mine = (local + m // BJ < stop) & (m % BJ < J)
         qw_at = local * J + m // BJ * J + m % BJ
-        qw = tl.load(qw_ptr + qw_at[:, None] * I + i[None, :], mask=mine[:, None] & (i < I)[None, :], other=0.0)
-        if INTERPRET:
-            acc += tl.dot(g.to(tl.float32), qw.to(tl.float32))
-        else:
-            acc = tl.dot(g, qw, acc)
+        qw = tl.load(
+            qw_ptr + qw_at[:, None] * I + i[None, :], mask=mine[:, None] & (i < I)[None, :], other=0.0
+        )
+        acc += dot(g, qw, INTERPRET)
     part = (tl.program_id(1) * width + at).to(tl.int64)
     tl.store(part_ptr + part[:, None] * I + i[None, :], acc, mask=(at < width)[:, None] & (i < I)[None, :])
 
@@ -293,7 +297,7 @@ def warmup_kl(
     ranges: Ranges,
     weight_N: Tensor,
     *,
-    shapes: Shapes = Shapes(),  # noqa: B008  # frozen
+    shapes: Shapes = Shapes(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """KL fp32 [N], and the gradients of sum(weight * KL): dq [N, J, I], dk [S, I], dw [N, J], all fp32.
 
@@ -303,7 +307,9 @@ def warmup_kl(
     if k_SI.shape[1] != I or w_NJ.shape != (N, J) or w_NJ.dtype != torch.float32 or weight_N.shape != (N,):
         raise ValueError(f"q {tuple(q_NJI.shape)}, k {tuple(k_SI.shape)}, w {tuple(w_NJ.shape)} do not fit")
     if len(ranges.begin_N) != N or len(attention.q_NHE) != N or ranges.num_keys > len(k_SI):
-        raise ValueError(f"{N} queries of the indexer, {len(attention.q_NHE)} of the attention do not fit the ranges")
+        raise ValueError(
+            f"{N} queries of the indexer, {len(attention.q_NHE)} of the attention do not fit the ranges"
+        )
     if not (q_NJI.is_contiguous() and k_SI.is_contiguous() and w_NJ.is_contiguous()):
         raise ValueError("q, k and w of the indexer must be contiguous")
     kl_N, dq_NJI, dw_NJ = w_NJ.new_empty(N), w_NJ.new_empty(N, J, I), w_NJ.new_empty(N, J)
@@ -334,7 +340,9 @@ class _Workspace:
         cells = chunk.rows * chunk.width
         planes = _sizes(q_NJI)["BJ"] // _sizes(q_NJI)["BW"]
         p, scores = (q_NJI.new_empty(cells, dtype=torch.float32) for _ in range(2))
-        return _Workspace(p, scores, q_NJI.new_empty(cells), q_NJI.new_empty(cells * planes, dtype=torch.int32))
+        return _Workspace(
+            p, scores, q_NJI.new_empty(cells), q_NJI.new_empty(cells * planes, dtype=torch.int32)
+        )
 
 
 def _sizes(q_NJI: Tensor) -> dict[str, int]:

@@ -96,7 +96,9 @@ def test_value_and_gradients_over_packed_documents(monkeypatch: pytest.MonkeyPat
     ranges = _ranges(LENGTHS)
     assert (len(ranges.chunks) > 1) == (cells < 1000)
     found = warmup_kl_triton.warmup_kl(_with_lse(attention, ranges), *index, ranges, weight, shapes=SMALL)
-    for name, ours, true in zip(("kl", "dq", "dk", "dw"), found, _definition(attention, index, weight, LENGTHS), strict=True):
+    for name, ours, true in zip(
+        ("kl", "dq", "dk", "dw"), found, _definition(attention, index, weight, LENGTHS), strict=True
+    ):
         torch.testing.assert_close(
             ours.double(), true, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
