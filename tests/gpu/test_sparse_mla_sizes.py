@@ -144,23 +144,15 @@ def test_offsets_beyond_2_to_the_31_and_more_queries_than_a_grid_has_rows() -> N
         .contiguous()
     )
     o, lse = forward.forward(q, kv, slots, SCALE, LATENT)
-    small, small_lse = forward.forward(
-        q[-3:].contiguous(), kv[-5000:].contiguous(), slots[-3:] - 3_995_000, SCALE, LATENT
-    )
-    assert torch.equal(o[-3:], small) and torch.equal(lse[-3:], small_lse)
+    few_q, few_kv, few_slots = q[-3:].contiguous(), kv[-5000:].clone(), slots[-3:] - (4_000_000 - 5000)
+    few_o, few_lse = forward.forward(few_q, few_kv, few_slots, SCALE, LATENT)
+    assert torch.equal(o[-3:], few_o) and torch.equal(lse[-3:], few_lse)
+    few_do = _normal(3, heads, LATENT, seed=2)
     do = torch.zeros_like(o)
-    do[-3:] = _normal(3, heads, LATENT, seed=2)
+    do[-3:] = few_do
     dq, dkv, _ = backward.backward(q, kv, slots, o, lse, do, SCALE, deterministic=True, with_target=False)
-    del kv, o
-    exact_dq, exact_dkv, _ = backward.backward(
-        q[-3:].contiguous(), _tail(q), slots[-3:] - 3_995_000, small, small_lse, do[-3:].contiguous(), SCALE,
-        deterministic=True, with_target=False,
-    )  # fmt: skip
-    assert torch.equal(dq[-3:], exact_dq)
-    torch.testing.assert_close(
-        dkv[-kept:], exact_dkv[-kept:], atol=1e-2, rtol=1e-2
-    )  # rows of zeros add P^T dO = 0
-
-
-def _tail(_: Tensor) -> Tensor:
-    return _normal(5000, SIZE, seed=1)
+    few_dq, few_dkv, _ = backward.backward(
+        few_q, few_kv, few_slots, few_o, few_lse, few_do, SCALE, deterministic=True, with_target=False
+    )
+    assert torch.equal(dq[-3:], few_dq)
+    torch.testing.assert_close(dkv[-kept:], few_dkv[-kept:])  # the other queries add zeros
