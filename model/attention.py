@@ -72,7 +72,9 @@ class DsaAttention(hf.DeepseekV32Attention):
 
     def _sparse(self, q_THE: Tensor, entries_TE: Tensor, scores_BQL: Tensor, context: Context) -> Tensor:
         with torch.no_grad():
-            kept_BQK = reference.select_topk(scores_BQL, context.mask(), self.index_topk)
+            kept_BQK = context.replayed_kept(self.layer_idx)
+            if kept_BQK is None:
+                kept_BQK = reference.select_topk(scores_BQL, context.mask(), self.index_topk)
         o_THR, p_TK = sparse_mla(
             q_THE,
             context.entries(self.layer_idx, entries_TE),

@@ -46,6 +46,10 @@ class Context(Protocol):
     records: dict[int, LayerRecord]
     replay_experts: dict[int, Tensor] | None
 
+    def replayed_kept(self, layer: int) -> Tensor | None:
+        """Kept key positions [B, Q, K] that a layer must take instead of its own top-k; None: it chooses."""
+        ...
+
     def grid(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [B, Q, ...]."""
         ...
@@ -86,6 +90,7 @@ class _Base:
     diagnose: bool = False
     records: dict[int, LayerRecord] = field(default_factory=dict)
     replay_experts: dict[int, Tensor] | None = None
+    """Per MoE layer [T, E], any integer type: experts to use instead of the router's choice, in rows without -1."""
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     _mask: Tensor | None = None
@@ -104,6 +109,8 @@ class PackedContext(_Base):
     """Packed documents; no key crosses a document because each row of the grid is one document."""
 
     cu_seqlens_S: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    replay_kept: dict[int, Tensor] | None = None
+    """Per layer [T, K], any integer type: key positions inside the document, ascending, -1 = none at the end."""
     positions_T: Tensor = field(init=False)
     _to_grid: Tensor = field(init=False)
     _to_flat: Tensor = field(init=False)
@@ -122,6 +129,9 @@ class PackedContext(_Base):
         self._to_flat = row_T * width + self.positions_T
         self.query_positions_BQ = columns_L.expand(rows, width)
         self._shape, self.num_keys = (rows, width), width
+
+    def replayed_kept(self, layer: int) -> Tensor | None:
+        return None if self.replay_kept is None else self.grid(self.replay_kept[layer].long())
 
     def grid(self, x_T: Tensor) -> Tensor:
         return x_T.index_select(0, self._to_grid).view(*self._shape, *x_T.shape[1:])
@@ -178,6 +188,9 @@ class StaticContext(_Base):
         rows = len(self.query_positions_BQ)
         self._starts_B = torch.arange(rows, device=self.positions_T.device) * self.cache.length
         self._slots_T = (self._starts_B[:, None] + self.query_positions_BQ).reshape(-1)
+
+    def replayed_kept(self, layer: int) -> None:
+        return None
 
     def grid(self, x_T: Tensor) -> Tensor:
         return x_T.view(*self.query_positions_BQ.shape, *x_T.shape[1:])

@@ -39,8 +39,13 @@ def train(
         if before is not None:
             recent.append(before)
             tokens += int(before["tokens"])
-            job.ledger.trained(waiting)
-            job.metrics.log(step - 1, before)
+            if "skipped" in before:
+                job.ledger.failed(waiting, "step skipped")
+                job.metrics.say(f"step {step - 1} was skipped: its loss or gradient is not finite, or spikes")
+                job.metrics.log(step - 1, before | {"skipped_ids": " ".join(waiting)})
+            else:
+                job.ledger.trained(waiting)
+                job.metrics.log(step - 1, before)
         waiting = ids
     return tokens, _means(recent)
 
