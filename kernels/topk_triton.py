@@ -25,7 +25,7 @@ class Shape:
     sample: int = 4096
     """Keys that the floor is taken from; shorter rows are taken whole."""
     warps: int = 8
-    many: int = 192
+    many: int = 0
     """With fewer rows than that, a row has four times as many warps."""
 
     def few(self, num_kept: int, width: int) -> int:
