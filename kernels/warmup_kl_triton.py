@@ -304,14 +304,7 @@ def warmup_kl(
     w is fp32 and carries every factor. A query without keys gives 0. The bits are always the same.
     """
     N, J, I = q_NJI.shape
-    if k_SI.shape[1] != I or w_NJ.shape != (N, J) or w_NJ.dtype != torch.float32 or weight_N.shape != (N,):
-        raise ValueError(f"q {tuple(q_NJI.shape)}, k {tuple(k_SI.shape)}, w {tuple(w_NJ.shape)} do not fit")
-    if len(ranges.begin_N) != N or len(attention.q_NHE) != N or ranges.num_keys > len(k_SI):
-        raise ValueError(
-            f"{N} queries of the indexer, {len(attention.q_NHE)} of the attention do not fit the ranges"
-        )
-    if not (q_NJI.is_contiguous() and k_SI.is_contiguous() and w_NJ.is_contiguous()):
-        raise ValueError("q, k and w of the indexer must be contiguous")
+    _check(attention, q_NJI, k_SI, w_NJ, ranges, weight_N)
     kl_N, dq_NJI, dw_NJ = w_NJ.new_empty(N), w_NJ.new_empty(N, J, I), w_NJ.new_empty(N, J)
     dk_SI = torch.zeros(k_SI.shape, dtype=torch.float32, device=k_SI.device)
     for chunk in ranges.chunks:
@@ -324,6 +317,27 @@ def warmup_kl(
         _gradients_q(chunk, space, q_NJI, k_SI, w_NJ, ranges, dq_NJI, dw_NJ, shapes.grad_q)
         _gradient_k(chunk, space, q_NJI, w_NJ, ranges, dk_SI, shapes.grad_k)
     return kl_N, dq_NJI, dk_SI, dw_NJ
+
+
+def _check(
+    attention: Attention, q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, ranges: Ranges, weight_N: Tensor
+) -> None:
+    N, J, I = q_NJI.shape
+    if k_SI.shape[1] != I or k_SI.dtype != q_NJI.dtype or w_NJ.shape != (N, J) or weight_N.shape != (N,):
+        raise ValueError(
+            f"q {tuple(q_NJI.shape)} {q_NJI.dtype}, k {tuple(k_SI.shape)} {k_SI.dtype}, w {tuple(w_NJ.shape)} and "
+            f"weights {tuple(weight_N.shape)} do not fit together"
+        )
+    if len(ranges.begin_N) != N or len(attention.q_NHE) != N or ranges.num_keys > len(k_SI):
+        raise ValueError(
+            f"{N} queries and {len(k_SI)} keys of the indexer, {len(attention.q_NHE)} queries of the attention, ranges "
+            f"of {len(ranges.begin_N)} queries over {ranges.num_keys} keys"
+        )
+    for name, tensor in (("w", w_NJ), ("weight", weight_N), ("lse", attention.lse_NH)):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous float32")
+    if not (q_NJI.is_contiguous() and k_SI.is_contiguous()):
+        raise ValueError("q and k of the indexer must be contiguous")
 
 
 @dataclass(frozen=True)
