@@ -36,7 +36,7 @@ class Shape:
     def workspace(self, num_kept: int, width: int) -> int:
         """int32 words that a row needs beside its keys: two bitmaps, and the positions of the few."""
         few = self.few(num_kept, width)
-        return 2 * triton.cdiv(max(width, few), 32) + few
+        return 2 * triton.cdiv(max(width, few), 512) * 16 + few
 
 
 SHAPE = Shape()
