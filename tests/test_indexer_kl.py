@@ -108,5 +108,5 @@ def test_refuses_what_does_not_fit() -> None:
         indexer_kl(q, k, w.double(), slots, p, weight, deterministic=False)
     with pytest.raises(ValueError, match="do not fit"):
         indexer_kl(q, k[:, :8], w, slots, p, weight, deterministic=False)
-    with pytest.raises(ValueError, match="slots are .*, not int32"):
+    with pytest.raises(ValueError, match=r"slots are .*, not int32"):
         indexer_kl(q, k, w, slots.long(), p, weight, deterministic=False)
