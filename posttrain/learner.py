@@ -57,7 +57,7 @@ class Setup:
         if trains != has_loss:
             raise ValueError(
                 f"train={sorted(self.train)} with indexer_loss={self.indexer_loss!r}: only its KL trains an "
-                'indexer; ask for both or for neither'
+                "indexer; ask for both or for neither"
             )
         if self.indexer_loss == "sparse" and self.attention == "dense":
             raise ValueError(
@@ -272,7 +272,9 @@ class Learner:
         else:  # before the first update the old policy is the current one
             old_M = logp_M.detach() if batch.old_logprobs_T is None else valid(batch.old_logprobs_T)
         high = settings.clip if settings.clip_high is None else settings.clip_high
-        clip_S2 = np.where(np.isnan(batch.clip_S2), np.float32([settings.clip, high]), batch.clip_S2)
+        clip_S2 = np.where(
+            np.isnan(batch.clip_S2), np.array([settings.clip, high], np.float32), batch.clip_S2
+        )
         clip_2M = torch.from_numpy(clip_S2).to(logp_M.device)[tensors.sequence_M].T
         return loss.Values(
             logp_M=logp_M,

@@ -52,7 +52,8 @@ def kept_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float, kept
     largest_N = kept_R.new_full((num_masked,), float("-inf"))
     largest_N = largest_N.scatter_reduce(0, kept.rows_R, kept_R.detach(), "amax")
     total_N = kept_R.new_zeros(num_masked).index_add(0, kept.rows_R, (kept_R - largest_N[kept.rows_R]).exp())
-    return target_N - largest_N - total_N.log()
+    logp_N: Tensor = target_N - largest_N - total_N.log()
+    return logp_N
 
 
 def entropy(logits_MV: Tensor, temperature: float) -> Tensor:

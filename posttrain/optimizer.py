@@ -78,9 +78,9 @@ class Optimizers:
         """
         norms = self._clip()
         finite = finite and all(math.isfinite(norm) for norm in norms.values())
-        spike = finite and any([self._is_spike(part, norm) for part, norm in norms.items()])  # all are noted
+        spikes = [finite and self._is_spike(part, norm) for part, norm in norms.items()]
         figures = {f"grad_norm/{part}": norm for part, norm in norms.items()}
-        if not finite or spike:
+        if not finite or any(spikes):
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             return figures | {"skipped": 1.0, "spike" if finite else "nonfinite": 1.0}
@@ -99,7 +99,9 @@ class Optimizers:
         for part, params in self.parts.items():
             if params:
                 if all(p.grad is None for p in params):
-                    raise ValueError(f"no gradient has reached the {part} parameters, which are to be trained")
+                    raise ValueError(
+                        f"no gradient has reached the {part} parameters, which are to be trained"
+                    )
                 norms[part] = nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
         return {part: float(norm) for part, norm in norms.items()}
 

@@ -169,9 +169,7 @@ class _Wave:
         """Append one token to every row that is alive: sampled, or forced by a tool result."""
         settings = self.settings
         uniform_B = sampling.uniforms(self.seeds_B, self.lengths_B)
-        logp_BV = sampling.processed_logprobs(
-            logits_BV, settings.temperature, settings.top_p, settings.top_k
-        )
+        logp_BV = sampling.processed_logprobs(logits_BV, settings.temperature, settings.top_p, settings.top_k)
         chosen = sampling.choose(
             logp_BV, torch.from_numpy(uniform_B).to(logp_BV.device), greedy=settings.temperature == 0
         )
