@@ -307,7 +307,7 @@ def warmup_kl(
     _check(attention, q_NJI, k_SI, w_NJ, ranges, weight_N)
     kl_N, dq_NJI, dw_NJ = w_NJ.new_empty(N), w_NJ.new_empty(N, J, I), w_NJ.new_empty(N, J)
     dk_SI = torch.zeros(k_SI.shape, dtype=torch.float32, device=k_SI.device)
-    for chunk in ranges.chunks:
+    for chunk in ranges.wide_chunks:
         space = _Workspace.make(chunk, q_NJI)
         dense_probs_triton.chunk_probs(
             attention.q_NHE, attention.k_SHC, attention.k_rot_SP, attention.lse_NH, ranges, chunk,
@@ -407,7 +407,7 @@ def _gradient_k(
     rows = slice(chunk.first_row, chunk.first_row + chunk.rows)
     qw_nJI = (q_NJI[rows].float() * w_NJ[rows, :, None]).to(q_NJI.dtype)
     blocks = triton.cdiv(chunk.width, shape.keys)
-    splits = max(1, min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(chunk.rows, 16)))
+    splits = max(1, min(PROGRAMS // blocks, triton.cdiv(chunk.rows, 16)))
     per_split = triton.cdiv(chunk.rows, splits)
     part = dk_SI.new_empty(splits, chunk.width, dk_SI.shape[1])
     _grad_k_kernel[(blocks, splits)](

@@ -91,10 +91,11 @@ def _with_lse(attention: Attention, ranges: index_topk_triton.Ranges) -> Attenti
 @pytest.mark.slow
 @pytest.mark.parametrize("cells", [32 * 9, 8 << 20], ids=["many chunks", "one chunk"])
 def test_value_and_gradients_over_packed_documents(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
-    monkeypatch.setattr(index_topk_triton, "CHUNK_BYTES", 4 * cells)
+    monkeypatch.setattr(index_topk_triton, "WIDE_CHUNK_BYTES", 4 * cells)
+    monkeypatch.setattr(index_topk_triton, "WIDE_CHUNK_STEP", 4)
     attention, index, weight = _inputs(LENGTHS)
     ranges = _ranges(LENGTHS)
-    assert (len(ranges.chunks) > 1) == (cells < 1000)
+    assert (len(ranges.wide_chunks) > 1) == (cells < 1000)
     found = warmup_kl_triton.warmup_kl(_with_lse(attention, ranges), *index, ranges, weight, shapes=SMALL)
     for name, ours, true in zip(
         ("kl", "dq", "dk", "dw"), found, _definition(attention, index, weight, LENGTHS), strict=True
