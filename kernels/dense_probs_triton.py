@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
-from posttrain.kernels.product_triton import dot
+from posttrain.kernels.product_triton import dot, interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -146,7 +146,7 @@ def attention_lse(
         _lse_kernel[(H, triton.cdiv(N, tiles.queries))](
             q_NHE, k_SHC, k_rot_SP, ranges.begin_N, ranges.end_N, lse_NH, scale, k_SHC.stride(0),
             k_SHC.stride(1), N, longest, **sizes, BQ=tiles.queries, BK=tiles.keys,
-            INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=tiles.stages, num_warps=tiles.warps,
+            INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
     return lse_NH
 
@@ -168,7 +168,7 @@ def chunk_probs(
     _probs_kernel[(triton.cdiv(chunk.width, tiles.keys), triton.cdiv(chunk.rows, tiles.queries))](
         q_NHE, k_SHC, k_rot_SP, lse_NH, ranges.begin_N, ranges.end_N, out, scale, k_SHC.stride(0), k_SHC.stride(1),
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, **sizes, BQ=tiles.queries, BK=tiles.keys,
-        INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=tiles.stages, num_warps=tiles.warps,
+        INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
 
 

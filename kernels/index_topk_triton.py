@@ -23,7 +23,7 @@ from torch import Tensor
 
 from posttrain.kernels import topk_triton
 from posttrain.kernels.lanes import Lanes
-from posttrain.kernels.product_triton import dot
+from posttrain.kernels.product_triton import dot, interpreted
 
 CHUNK_BYTES = 24 << 20
 """Scores of one chunk of queries: two of them stay in an H200's L2 cache."""
@@ -216,7 +216,7 @@ def _write_scores(
         chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
         J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
         BQ=shape.queries, QD=min(shape.queries, max(1, shape.columns // BJ)),
-        SCALED=k_scale_S is not None, INTERPRET=bool(triton.knobs.runtime.interpret),
+        SCALED=k_scale_S is not None, INTERPRET=interpreted(),
         STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.product_triton import dot
+from posttrain.kernels.product_triton import dot, interpreted
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def indexer_kl(
             unit, lost, len(k_SI), J=J, I=I, K=K,
             BJ=max(16, triton.next_power_of_2(J)), BI=BI, BC=max(16, BI // 2),
             BK=shape.keys, KB=triton.next_power_of_2(K), EXACT=deterministic,
-            INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages, num_warps=shape.warps,
+            INTERPRET=interpreted(), STAGES=shape.stages, num_warps=shape.warps,
             maxnreg=shape.registers,
         )  # fmt: skip
     if deterministic:

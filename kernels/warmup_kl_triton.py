@@ -27,7 +27,7 @@ from torch import Tensor
 
 from posttrain.kernels import dense_probs_triton
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
-from posttrain.kernels.product_triton import dot
+from posttrain.kernels.product_triton import dot, interpreted
 
 SEGMENT = 8192
 """Keys of one sum of dq."""
@@ -373,7 +373,7 @@ def _loss(
     _scores_kernel[(triton.cdiv(chunk.width, shape.keys), triton.cdiv(chunk.rows, shape.queries))](
         q_NJI, k_SI, w_NJ, space.scores, space.signs, ranges.begin_N, ranges.end_N,
         chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width, **_sizes(q_NJI),
-        BK=shape.keys, BQ=shape.queries, INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages,
+        BK=shape.keys, BQ=shape.queries, INTERPRET=interpreted(), STAGES=shape.stages,
         num_warps=shape.warps,
     )  # fmt: skip
     _row_kernel[(chunk.rows,)](
@@ -392,7 +392,7 @@ def _gradients_q(
     _grad_q_kernel[(triton.cdiv(chunk.rows, shape.queries), segments)](
         k_SI, space.di, space.signs, ranges.begin_N, ranges.end_N, part,
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, **sizes, BK=shape.keys, QD=shape.queries,
-        SEGMENT=SEGMENT, INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages,
+        SEGMENT=SEGMENT, INTERPRET=interpreted(), STAGES=shape.stages,
         num_warps=shape.warps,
     )  # fmt: skip
     _finish_q_kernel[(chunk.rows,)](
@@ -414,7 +414,7 @@ def _gradient_k(
         qw_nJI, space.di, space.signs, ranges.begin_N, ranges.end_N, part,
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, per_split, **_sizes(q_NJI),
         BK=shape.keys, QD=shape.queries, ROWS=triton.next_power_of_2(per_split),
-        INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages, num_warps=shape.warps,
+        INTERPRET=interpreted(), STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
     keys = min(chunk.width, len(dk_SI) - chunk.first_key)
     dk_SI[chunk.first_key : chunk.first_key + keys] += part[:, :keys].sum(0)
