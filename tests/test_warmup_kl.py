@@ -18,16 +18,12 @@ SMALL = Shapes(
 NAN = float("nan")
 
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated without a value is NaN; chunks and segments are small."""
-    make = torch.Tensor.new_empty
-
-    def poisoned(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        out: torch.Tensor = make(self, *args, **kwargs)  # type: ignore[arg-type,call-overload]
-        return out.fill_(NAN if out.is_floating_point() else -1)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def _small_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several segments of keys and parts of queries."""
     monkeypatch.setattr(warmup_kl_triton, "SEGMENT", 16)
     monkeypatch.setattr(warmup_kl_triton, "PROGRAMS", 4)
 
