@@ -3,18 +3,21 @@
 The same modules run in training and in generation; what differs is the context. `PackedContext` is
 for training: documents packed into [T], laid out as a grid [B, L] of documents inside attention only.
 `StaticContext` is for the torch engine: one preallocated cache of latents and indexer keys.
-A paged context for vLLM has the same surface. Next: attention.py.
+A paged context for vLLM has the same surface. Only the torch backend works on grids [B, Q] and [B, L]; Triton's
+kernels see tokens [T] and slots [S], the rows of slotted(). Next: attention.py.
 
-Shape letters: T tokens, B rows, Q queries per row, L keys per row, N layers, K kept, E experts per token.
+Shape letters: T tokens, B rows, Q queries per row, L keys per row, S slots, N layers, K kept, E experts per token.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.kernels import reference
+from posttrain.kernels.backend import TORCH, Backend
 
 AttentionMode = Literal["dense", "sparse"]
 IndexerLoss = Literal["none", "dense", "sparse"]
@@ -26,7 +29,9 @@ class LayerRecord:
     """What one layer leaves behind in one forward pass, for losses and reports."""
 
     kl: Tensor | None = None
-    """Sum over queries of D_KL(p || softmax I), differentiable for the indexer."""
+    """Sum over queries of D_KL(p || softmax I), differentiable for the indexer; for its number see kl_value."""
+    kl_value: Tensor | None = None
+    """kl in numbers. Triton knows it after the backward pass: NaN before."""
     recall: Tensor | None = None
     """[2] attention mass caught by the indexer's top-k and by the oracle's, summed over the queries counted."""
     kept_BQK: Tensor | None = None
@@ -39,8 +44,10 @@ class Context(Protocol):
     """What attention and MoE need to know about a forward pass."""
 
     attention: AttentionMode
+    backend: Backend
     indexer_loss: IndexerLoss
     diagnose: bool
+    record_kept: bool
     positions_T: Tensor
     query_positions_BQ: Tensor
     records: dict[int, LayerRecord]
@@ -58,12 +65,24 @@ class Context(Protocol):
         """Add this pass's keys [T, ...] of one layer; return all keys the queries may see, [B, L, ...]."""
         ...
 
-    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
-        """Add this pass's entries of one layer; return all there are, one per slot, [S, E]."""
+    def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        """Add this pass's keys of one layer; return all there are, one per slot, [S, ...]."""
         ...
 
     def slots(self, kept_BQK: Tensor) -> Tensor:
-        """Kept key positions of each query's document as slots of entries(), [T, K]; -1 stays."""
+        """Kept key positions of each query's document as slots, [T, K]; -1 stays."""
+        ...
+
+    def kept(self, slots_TK: Tensor) -> Tensor:
+        """The way back: slots as key positions of each query's document, [B, Q, K]."""
+        ...
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """First slot that each query may see, and last + 1: int32 [T] each."""
+        ...
+
+    def split(self, topk: int) -> "Split | None":
+        """The tokens that see at most topk keys apart from the rest; None if documents do not start here."""
         ...
 
     def mask(self) -> Tensor:
@@ -79,16 +98,33 @@ class Context(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The first topk tokens of every document, which see no more than topk keys, and all others."""
+
+    early_T: Tensor
+    late_T: Tensor
+    """Tokens of the pass, ascending, as are early_T."""
+    back_T: Tensor
+    """Where each token of the pass stands in [early | late]."""
+    early: "PackedContext"
+    """The early tokens as documents of their own, for dense attention."""
+
+
 @dataclass(slots=True)
 class _Base:
     attention: AttentionMode
+    backend: Backend = TORCH
     indexer_loss: IndexerLoss = "none"
     diagnose: bool = False
+    record_kept: bool = False
+    """Leave kept_BQK in the records (the torch backend, which has it anyway, always does)."""
     records: dict[int, LayerRecord] = field(default_factory=dict)
     replay_experts: dict[int, Tensor] | None = None
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     _mask: Tensor | None = None
+    _split: Split | None = None
 
     def mask(self) -> Tensor:
         if self._mask is None:
@@ -107,7 +143,9 @@ class PackedContext(_Base):
     positions_T: Tensor = field(init=False)
     _to_grid: Tensor = field(init=False)
     _to_flat: Tensor = field(init=False)
+    _row_T: Tensor = field(init=False)
     _shape: tuple[int, int] = field(init=False)
+    _ranges: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         starts_S, ends_S = self.cu_seqlens_S[:-1], self.cu_seqlens_S[1:]
@@ -116,10 +154,10 @@ class PackedContext(_Base):
         columns_L = torch.arange(width, device=starts_S.device)
         # Padding repeats the document's last token: finite numbers that no real query can see.
         self._to_grid = (starts_S[:, None] + columns_L.minimum(lengths_S[:, None] - 1)).reshape(-1)
-        row_T = torch.repeat_interleave(torch.arange(rows, device=starts_S.device), lengths_S)
+        self._row_T = torch.repeat_interleave(torch.arange(rows, device=starts_S.device), lengths_S)
         tokens_T = torch.arange(int(self.cu_seqlens_S[-1]), device=starts_S.device)
-        self.positions_T = tokens_T - starts_S[row_T]
-        self._to_flat = row_T * width + self.positions_T
+        self.positions_T = tokens_T - starts_S[self._row_T]
+        self._to_flat = self._row_T * width + self.positions_T
         self.query_positions_BQ = columns_L.expand(rows, width)
         self._shape, self.num_keys = (rows, width), width
 
@@ -132,11 +170,25 @@ class PackedContext(_Base):
     def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         return self.grid(x_T)
 
-    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
-        return entries_TE
+    def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        return x_T
 
     def slots(self, kept_BQK: Tensor) -> Tensor:
         return self.flat(_shift(kept_BQK, self.cu_seqlens_S[:-1]))
+
+    def kept(self, slots_TK: Tensor) -> Tensor:
+        return self.grid(_relative(slots_TK, self.ranges()[0]))
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        if self._ranges is None:
+            begin_T = self.cu_seqlens_S[:-1][self._row_T]
+            self._ranges = (begin_T.int(), (begin_T + self.positions_T + 1).int())
+        return self._ranges
+
+    def split(self, topk: int) -> Split | None:
+        if self._split is None:
+            self._split = _split(self.cu_seqlens_S, self.positions_T, topk)
+        return self._split
 
     def query_mask(self) -> Tensor:
         rows, width = self._shape
@@ -189,11 +241,26 @@ class StaticContext(_Base):
         self._add(layer, name, x_T)
         return self.cache.part(name, self.cache.layers[layer][:, : self.num_keys])
 
-    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
-        return self._add(layer, "entries", entries_TE)
+    def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        return self._add(layer, name, x_T)
 
     def slots(self, kept_BQK: Tensor) -> Tensor:
         return self.flat(_shift(kept_BQK, self._starts_B))
+
+    def kept(self, slots_TK: Tensor) -> Tensor:
+        return self.grid(_relative(slots_TK, self.ranges()[0]))
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        return (self._slots_T - self.positions_T).int(), (self._slots_T + 1).int()
+
+    def split(self, topk: int) -> Split | None:
+        rows, width = self.query_positions_BQ.shape
+        if width < self.num_keys:  # some keys come from earlier passes
+            return None
+        if self._split is None:
+            starts = torch.arange(rows + 1, device=self.positions_T.device) * width
+            self._split = _split(starts, self.positions_T, topk)
+        return self._split
 
     def _add(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         part = self.cache.part(name, self.cache.layers[layer].flatten(0, 1))
@@ -205,3 +272,16 @@ class StaticContext(_Base):
 
 def _shift(kept_BQK: Tensor, starts_B: Tensor) -> Tensor:
     return torch.where(kept_BQK < 0, kept_BQK, kept_BQK + starts_B[:, None, None])
+
+
+def _relative(slots_TK: Tensor, begin_T: Tensor) -> Tensor:
+    return torch.where(slots_TK < 0, slots_TK, slots_TK - begin_T[:, None])
+
+
+def _split(cu_seqlens_S: Tensor, positions_T: Tensor, topk: int) -> Split:
+    lengths_S = cu_seqlens_S.diff().clamp(max=topk)
+    is_early_T = positions_T < topk
+    early_T, late_T = is_early_T.nonzero()[:, 0], (~is_early_T).nonzero()[:, 0]
+    starts_S = F.pad(lengths_S.cumsum(0), (1, 0))
+    back_T = torch.cat((early_T, late_T)).argsort()
+    return Split(early_T, late_T, back_T, PackedContext(attention="dense", cu_seqlens_S=starts_S))
