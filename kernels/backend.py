@@ -65,7 +65,7 @@ def _obstacle(device: torch.device, entry_bytes: int, *, interpreter: bool) -> s
         return None if interpreted else f"the model is on {device.type}"
     needed = TILE_ROWS * entry_bytes + _SPARE_BYTES
     properties = torch.cuda.get_device_properties(device)
-    there = int(properties.shared_memory_per_block_optin)
+    there = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stub lacks it
     if needed > there:
         return f"entries of {entry_bytes} bytes need {needed} bytes of shared memory, {properties.name} has {there}"
     return None

@@ -83,7 +83,18 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
-        q_THE, entries_SE, slots_TK, q_TJI, k_SI, w_TJ, ctx.value, ctx.scale, value_size, ctx.deterministic = args
+        (
+            q_THE,
+            entries_SE,
+            slots_TK,
+            q_TJI,
+            k_SI,
+            w_TJ,
+            ctx.value,
+            ctx.scale,
+            value_size,
+            ctx.deterministic,
+        ) = args
         o_THR, lse_TH = sparse_mla_triton.forward(q_THE, entries_SE, slots_TK, ctx.scale, value_size)
         ctx.save_for_backward(q_THE, entries_SE, slots_TK, o_THR, lse_TH, q_TJI, k_SI, w_TJ)
         if not any(ctx.needs_input_grad[:2]):  # only the indexer trains
@@ -110,6 +121,7 @@ class _Attend(torch.autograd.Function):
         )
         dindex: tuple[Tensor | None, ...] = (None, None, None)
         if trains_index:
+            assert p_TK is not None, "asked for with_target"
             weight_T = dloss.float().expand(len(q_THE)).contiguous()
             kl_T, *dparts = indexer_kl_triton.indexer_kl(
                 q_TJI, k_SI, w_TJ, slots_TK, p_TK, weight_T, deterministic=ctx.deterministic

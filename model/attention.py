@@ -52,7 +52,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         on_grid = warmup or context.diagnose or (sparse and not triton)
         if on_grid:
             assert sparse or warmup, "diagnosis needs the indexer"
-            scores_BQL = self._index_scores(*index, context)
+            scores_BQL = self._index_scores(index, context)
             absorbed_THE = torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1)
         if warmup or context.diagnose:
             self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
@@ -65,7 +65,8 @@ class DsaAttention(hf.DeepseekV32Attention):
             o_THV = self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
         return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
 
-    def _index_scores(self, q_TJI: Tensor, k_TI: Tensor, w_TJ: Tensor, context: Context) -> Tensor:
+    def _index_scores(self, index: tuple[Tensor, Tensor, Tensor], context: Context) -> Tensor:
+        q_TJI, k_TI, w_TJ = index
         with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
             k_BLI = context.keys(self.layer_idx, "index", k_TI)
             return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
@@ -118,9 +119,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         late_THV = self._kept_attention(rows.select(split.late_T), entries_SE, keys_SI, context)
         return torch.cat((early_THV, late_THV)).index_select(0, split.back_T)
 
-    def _kept_attention(
-        self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, context: Context
-    ) -> Tensor:
+    def _kept_attention(self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, context: Context) -> Tensor:
         from posttrain.kernels import dsa  # triton exists on Linux only
 
         index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ * self.indexer.head_dim**-0.5)

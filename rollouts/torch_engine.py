@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posttrain.kernels.backend import Choice
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
@@ -45,9 +46,15 @@ class TorchEngine:
     """Generates rollouts with a DSA model on one device."""
 
     def __init__(
-        self, model: DeepseekV32ForCausalLM, tokenizer: chat.Tokenizer, attention: AttentionMode = "sparse"
+        self,
+        model: DeepseekV32ForCausalLM,
+        tokenizer: chat.Tokenizer,
+        attention: AttentionMode = "sparse",
+        *,
+        backend: Choice = "auto",
     ) -> None:
         self.model = model.eval()
+        self.backend = model.backend(backend)
         self.tokenizer = tokenizer
         self.attention: AttentionMode = attention
         self.version = 0
@@ -145,6 +152,8 @@ class _Wave:
         device = self.engine.device
         context = StaticContext(
             attention=self.engine.attention,
+            backend=self.engine.backend,
+            record_kept=self.settings.record_kept,
             cache=self.cache,
             query_positions_BQ=torch.arange(width, device=device).expand(len(unique), width),
             num_keys=width,
