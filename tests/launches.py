@@ -1,0 +1,88 @@
+"""Every launch of a kernel at the sizes of real models: what test_compile.py compiles for a GPU that is not there.
+
+A row calls the kernel's public function on small CPU tensors whose *compile-time* sizes are real (heads, entry,
+kept keys); compile_worker.py compiles what it launches and launches nothing. Add a row per new function, size or
+dtype. Imports Triton's kernels, so only the worker imports this.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from posttrain.kernels import index_topk_triton, indexer_kl_triton, sparse_mla_triton
+
+KEPT = 2048
+LATENT, ROTARY = 512, 64
+INDEX_HEADS, INDEX_SIZE = 64, 128
+QUERIES, SLOTS = 16, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One call, and the bytes per thread that its kernels may spill from registers, by kernel (others: 0)."""
+
+    call: Callable[[], object]
+    spill: Mapping[str, int] = field(default_factory=dict)
+
+
+def _bf16(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def _slots() -> Tensor:
+    return torch.zeros(QUERIES, KEPT, dtype=torch.int32)
+
+
+def _sparse_forward(heads: int) -> None:
+    q, kv = _bf16(QUERIES, heads, LATENT + ROTARY), _bf16(SLOTS, LATENT + ROTARY)
+    sparse_mla_triton.forward(q, kv, _slots(), 0.1, LATENT)
+
+
+def _sparse_backward(heads: int, *, deterministic: bool, with_target: bool) -> None:
+    q, kv = _bf16(QUERIES, heads, LATENT + ROTARY), _bf16(SLOTS, LATENT + ROTARY)
+    o, lse = _bf16(QUERIES, heads, LATENT), torch.zeros(QUERIES, heads)
+    sparse_mla_triton.backward(
+        q, kv, _slots(), o, lse, o, 0.1, deterministic=deterministic, with_target=with_target
+    )
+
+
+def _index() -> tuple[Tensor, Tensor, Tensor]:
+    q, k = _bf16(QUERIES, INDEX_HEADS, INDEX_SIZE), _bf16(SLOTS, INDEX_SIZE)
+    return q, k, torch.zeros(QUERIES, INDEX_HEADS)
+
+
+def _topk() -> None:
+    begin = torch.zeros(QUERIES, dtype=torch.int32)
+    index_topk_triton.topk(*_index(), begin, begin + SLOTS, KEPT)
+
+
+def _indexer_kl(*, deterministic: bool) -> None:
+    p, weight = torch.zeros(QUERIES, KEPT), torch.zeros(QUERIES)
+    indexer_kl_triton.indexer_kl(*_index(), _slots(), p, weight, deterministic=deterministic)
+
+
+_BACKWARD = {"_backward_q_kernel": 512, "_backward_kv_kernel": 96}
+
+LAUNCHES: dict[str, Launch] = {
+    **{
+        f"sparse forward, {h} heads": Launch(
+            call=lambda h=h: _sparse_forward(h), spill={"_forward_kernel": 64 if h > 16 else 0}
+        )
+        for h in (128, 64, 16)
+    },
+    **{
+        f"sparse backward, {h} heads": Launch(
+            call=lambda h=h: _sparse_backward(h, deterministic=False, with_target=True),
+            spill=_BACKWARD if h > 16 else {},
+        )
+        for h in (128, 64, 16)
+    },
+    "sparse backward, 128 heads, deterministic, no target": Launch(
+        call=lambda: _sparse_backward(128, deterministic=True, with_target=False), spill=_BACKWARD
+    ),
+    "index scores and top-k": Launch(call=_topk, spill={"_topk_kernel": 16}),
+    "indexer KL": Launch(call=lambda: _indexer_kl(deterministic=False), spill={"_kernel": 64}),
+    "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True), spill={"_kernel": 400}),
+}
