@@ -38,15 +38,20 @@ TORCH = Backend(name="torch", reason="default")
 
 
 def resolve(
-    choice: Choice, device: torch.device, *, entry_bytes: int, deterministic: bool = False
+    choice: Choice,
+    device: torch.device,
+    *,
+    num_heads: int,
+    entry_bytes: int,
+    deterministic: bool = False,
 ) -> Backend:
-    """The backend for a device and for cache entries of that size (latent and rotary part).
+    """The backend for a device, a number of heads and cache entries of that size (latent and rotary part).
 
     Raises ValueError if "triton" is asked for and cannot run here; "auto" then says why it is "torch".
     """
     if choice == "torch":
         return Backend(name="torch", reason="asked for", deterministic=deterministic)
-    why_not = _obstacle(device, entry_bytes, interpreter=choice == "triton")
+    why_not = _obstacle(device, num_heads, entry_bytes, interpreter=choice == "triton")
     if why_not is None:
         on_gpu = device.type == "cuda"
         where = torch.cuda.get_device_name(device) if on_gpu else "Triton's interpreter"
@@ -56,13 +61,17 @@ def resolve(
     return Backend(name="torch", reason=why_not, deterministic=deterministic)
 
 
-def _obstacle(device: torch.device, entry_bytes: int, *, interpreter: bool) -> str | None:
+def _obstacle(device: torch.device, num_heads: int, entry_bytes: int, *, interpreter: bool) -> str | None:
     """Why Triton's kernels cannot run; the interpreter counts only for who asked for Triton."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda":
         interpreted = interpreter and os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else f"the model is on {device.type}"
+    from posttrain.kernels.sparse_mla_triton import MAX_HEADS  # triton exists on Linux only
+
+    if num_heads > MAX_HEADS:
+        return f"{num_heads} heads, the kernels take {MAX_HEADS}"
     needed = TILE_ROWS * entry_bytes + _SPARE_BYTES
     properties = torch.cuda.get_device_properties(device)
     there = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stub lacks it

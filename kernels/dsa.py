@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.kernels import index_topk_triton, indexer_kl_triton, sparse_mla_triton
+from posttrain.kernels import (
+    index_topk_triton,
+    indexer_kl_triton,
+    sparse_mla_backward_triton,
+    sparse_mla_triton,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class _Attend(torch.autograd.Function):
         do_THR, dloss = grads
         needs = ctx.needs_input_grad
         trains_index = any(needs[3:6])
-        dq_THE, dentries_SE, p_TK = sparse_mla_triton.backward(
+        dq_THE, dentries_SE, p_TK = sparse_mla_backward_triton.backward(
             q_THE,
             entries_SE,
             slots_TK,

@@ -129,6 +129,7 @@ class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
         return backend.resolve(
             choice,
             weight.device,
+            num_heads=self.config.num_attention_heads,
             entry_bytes=entry_size * weight.element_size(),
             deterministic=deterministic,
         )

@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from posttrain.kernels import index_topk_triton, indexer_kl_triton, sparse_mla_triton
+from posttrain.kernels import (
+    index_topk_triton,
+    indexer_kl_triton,
+    sparse_mla_backward_triton,
+    sparse_mla_triton,
+)
 
 KEPT = 2048
 LATENT, ROTARY = 512, 64
@@ -43,7 +48,7 @@ def _sparse_forward(heads: int) -> None:
 def _sparse_backward(heads: int, *, deterministic: bool, with_target: bool) -> None:
     q, kv = _bf16(QUERIES, heads, LATENT + ROTARY), _bf16(SLOTS, LATENT + ROTARY)
     o, lse = _bf16(QUERIES, heads, LATENT), torch.zeros(QUERIES, heads)
-    sparse_mla_triton.backward(
+    sparse_mla_backward_triton.backward(
         q, kv, _slots(), o, lse, o, 0.1, deterministic=deterministic, with_target=with_target
     )
 
@@ -63,24 +68,16 @@ def _indexer_kl(*, deterministic: bool) -> None:
     indexer_kl_triton.indexer_kl(*_index(), _slots(), p, weight, deterministic=deterministic)
 
 
-_BACKWARD = {"_backward_q_kernel": 512, "_backward_kv_kernel": 96}
-
 LAUNCHES: dict[str, Launch] = {
-    **{
-        f"sparse forward, {h} heads": Launch(
-            call=lambda h=h: _sparse_forward(h), spill={"_forward_kernel": 64 if h > 16 else 0}
-        )
-        for h in (128, 64, 16)
-    },
+    **{f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h)) for h in (128, 64, 16)},
     **{
         f"sparse backward, {h} heads": Launch(
-            call=lambda h=h: _sparse_backward(h, deterministic=False, with_target=True),
-            spill=_BACKWARD if h > 16 else {},
+            call=lambda h=h: _sparse_backward(h, deterministic=False, with_target=True)
         )
         for h in (128, 64, 16)
     },
     "sparse backward, 128 heads, deterministic, no target": Launch(
-        call=lambda: _sparse_backward(128, deterministic=True, with_target=False), spill=_BACKWARD
+        call=lambda: _sparse_backward(128, deterministic=True, with_target=False)
     ),
     "index scores and top-k": Launch(call=_topk, spill={"_topk_kernel": 16}),
     "indexer KL": Launch(call=lambda: _indexer_kl(deterministic=False), spill={"_kernel": 64}),

@@ -279,7 +279,9 @@ def test_triton_without_a_gpu_is_refused_and_auto_says_why_it_is_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu = torch.device("cpu")
-    assert str(backend.resolve("triton", cpu, entry_bytes=112)) == "triton (Triton's interpreter)"
+    assert (
+        str(backend.resolve("triton", cpu, num_heads=8, entry_bytes=112)) == "triton (Triton's interpreter)"
+    )
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(
         ValueError, match=r'backend "triton" cannot run: the model is on cpu; write backend ='
@@ -299,9 +301,9 @@ def test_auto_looks_at_the_shared_memory(
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H200)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: H200.name)
-    found = backend.resolve("auto", torch.device("cuda"), entry_bytes=entry_bytes)
+    found = backend.resolve("auto", torch.device("cuda"), num_heads=8, entry_bytes=entry_bytes)
     assert found.name == name and "NVIDIA H200" in found.reason
     if name == "torch":
         assert "entries of 2304 bytes need" in found.reason
         with pytest.raises(ValueError, match="shared memory"):
-            backend.resolve("triton", torch.device("cuda"), entry_bytes=entry_bytes)
+            backend.resolve("triton", torch.device("cuda"), num_heads=8, entry_bytes=entry_bytes)
