@@ -40,6 +40,16 @@ ROW_BLOCK = 4096
 
 
 @triton.jit
+def score_tile(k, q, w, INTERPRET: tl.constexpr):
+    """Scores [BK] of keys [BK, BI] for one query [BJ, BI]: every kernel's, so that all find the same bits."""
+    if INTERPRET:
+        products = tl.dot(k.to(tl.float32), tl.trans(q).to(tl.float32))
+    else:
+        products = tl.dot(k, tl.trans(q))
+    return tl.sum(tl.maximum(products, 0.0) * w[None, :], 1)
+
+
+@triton.jit
 def _scores_kernel(
     q_ptr, k_ptr, w_ptr, scores_ptr, first_row, rows, first_key, num_keys, width,
     J: tl.constexpr, I: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr,
@@ -63,11 +73,7 @@ def _scores_kernel(
             mask=(j < J)[:, None] & (i < I)[None, :] & there, other=0.0,
         )  # fmt: skip
         w = tl.load(w_ptr + row * J + j, mask=(j < J) & there, other=0.0)
-        if INTERPRET:
-            products = tl.dot(k.to(tl.float32), tl.trans(q).to(tl.float32))
-        else:
-            products = tl.dot(k, tl.trans(q))
-        score = tl.sum(tl.maximum(products, 0.0) * w[None, :], 1)
+        score = score_tile(k, q, w, INTERPRET)
         tl.store(scores_ptr + local * width.to(tl.int64) + at, score, mask=(at < width) & there)
 
 
@@ -192,6 +198,14 @@ def topk(
         )
         first += rows
     return out_NK
+
+
+def topk_rows(scores_NL: Tensor, begin_N: Tensor, end_N: Tensor, out_NK: Tensor) -> None:
+    """Write the best of the keys begin .. end - 1 (int32, columns of the scores) of every row, ascending, -1 beyond."""
+    rows, width = scores_NL.shape
+    _topk_kernel[(rows,)](
+        scores_NL, begin_N, end_N, out_NK, 0, 0, width, K=out_NK.shape[1], BLOCK=ROW_BLOCK, num_warps=8
+    )
 
 
 def _window(begins: list[int], ends: list[int], first: int) -> tuple[int, int, int]:

@@ -166,11 +166,11 @@ def forward(
     N, H, E = check(q_NHE, entries_SE, slots_NK, value_size)
     K, P = slots_NK.shape[1], E - value_size
     if tiles is None:
-        tiles = FORWARD if H > FORWARD_FEW.heads else FORWARD_FEW
+        tiles = FORWARD if FORWARD_FEW.heads < H else FORWARD_FEW
     BH = min(tiles.heads, block(H))
     o_NHR = q_NHE.new_empty(N, H, value_size)
     lse_NH = q_NHE.new_empty(N, H, dtype=torch.float32)
-    kernel = _forward_kernel if BH > FORWARD_FEW.heads else _forward_few_kernel
+    kernel = _forward_kernel if FORWARD_FEW.heads < BH else _forward_few_kernel
     if N:
         kernel[(N * triton.cdiv(H, BH),)](
             q_NHE, entries_SE, slots_NK, o_NHR, lse_NH, scale, len(entries_SE),
