@@ -1,4 +1,4 @@
-"""DSA on packed tokens with Triton's kernels: selection, and sparse attention with the indexer's KL in one backward.
+"""DSA with Triton's kernels: selection, sparse attention with the indexer's KL in one backward, decoding.
 
 Nothing here is as large as queries times keys: a pass keeps q, the entries, the slots, o and the log-sum-exp.
 The KL's target p (the head-mean probabilities over the kept keys) comes for nothing out of the kernel that
@@ -6,7 +6,7 @@ computes dQ, so it exists in the backward pass only, and with it the KL's value 
 The PyTorch counterpart is sparse_mla.py with reference.py. Next: sparse_mla_triton.py, indexer_kl_triton.py.
 
 Shape letters: T queries, S slots, H heads, E entry size (latent + rotary), R latent (value) size, K kept,
-J indexer heads, I indexer head size.
+J indexer heads, I indexer head size; in decoding B sequences with Q new tokens each.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,13 @@ from torch import Tensor
 from posttrain.kernels import (
     index_topk_triton,
     indexer_kl_triton,
+    paged_index_topk_triton,
+    paged_mla_triton,
     sparse_mla_backward_triton,
     sparse_mla_triton,
 )
+from posttrain.kernels.index_topk_triton import Ranges
+from posttrain.kernels.pages import Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,33 @@ class Kl:
 
 
 @torch.no_grad()
-def select(index: Index, begin_T: Tensor, end_T: Tensor, num_kept: int) -> Tensor:
-    """Slots of the num_kept best keys of begin .. end - 1 per query: int32 [T, K], ascending, -1 beyond.
+def select(index: Index, ranges: Ranges, num_kept: int) -> Tensor:
+    """Slots of the num_kept best keys of its range for every query: int32 [T, K], ascending, -1 beyond.
 
-    begin and end are int32 slots. Order: score descending, slot ascending. Raises ValueError on other shapes.
+    Order: score descending, slot ascending. Raises ValueError for what does not fit.
     """
     q_TJI, k_SI, w_TJ = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
-    return index_topk_triton.topk(q_TJI, k_SI, w_TJ, begin_T, end_T, num_kept)
+    return index_topk_triton.topk(q_TJI, k_SI, w_TJ, ranges, num_kept)
+
+
+@torch.no_grad()
+def decode(
+    q_BQHE: Tensor,
+    q_index_BQJI: Tensor,
+    w_BQJ: Tensor,
+    pages: Pages,
+    *,
+    num_kept: int,
+    scale: float,
+    value_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Latent output [B, Q, H, R] of new tokens that are in the cache already, and the kept positions int32 [B, Q, K].
+
+    q and the indexer's q and w are as in select() and attend(). Raises ValueError for what does not fit.
+    """
+    kept_BQK = paged_index_topk_triton.topk(q_index_BQJI, w_BQJ, pages, num_kept)
+    o_BQHR, _ = paged_mla_triton.attend(q_BQHE, pages, kept_BQK, scale, value_size)
+    return o_BQHR, kept_BQK
 
 
 def attend(

@@ -1,11 +1,10 @@
 """Index scores and exact top-k of new tokens against a paged cache: the selection of a decoding step, in Triton.
 
-A sequence's keys lie in blocks of a pool, found through its row of a block table; the keys are any strided view
-[blocks, block size, I] of a cache. A program scores SPAN keys of one new token with the very tile that
+A program scores SPAN keys of a sequence, found through the block table, with the very tile that
 index_topk_triton.py scores with, and the same top-k follows, so that a step selects what the packed training
 kernels select, bit for bit, in any batch. No length is read on the host: the grid is that of the longest
 sequence allowed, and the calls can be captured in a CUDA graph. Definition: reference.paged with
-reference.index_scores and reference.select_topk. Next: paged_mla_triton.py.
+reference.index_scores and reference.select_topk. Next: pages.py, paged_mla_triton.py.
 
 Shape letters: B sequences, Q new tokens of each, N = B Q, P blocks in the pool, S tokens of a block, M blocks of
 a sequence, J indexer heads, I indexer head size, K kept.
@@ -16,17 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels import index_topk_triton
-from posttrain.kernels.index_topk_triton import score_tile
+from posttrain.kernels import topk_triton
+from posttrain.kernels.index_topk_triton import SHAPE, Shape, score_tile
+from posttrain.kernels.pages import Pages
+from posttrain.kernels.topk_triton import ordered
 
 SPAN = 512
-"""Keys that a program scores."""
-
-
-@triton.jit
-def last_seen(lengths_ptr, row, Q: tl.constexpr):
-    """Keys that new token row % Q of sequence row // Q sees."""
-    return tl.maximum(tl.load(lengths_ptr + row // Q) - (Q - 1 - row % Q), 0)
+"""Keys that a program scores: a multiple of the tile's."""
 
 
 @triton.jit
@@ -39,86 +34,81 @@ def page(table_ptr, sequence, at, there, block_size, stride_table, stride_block,
 
 @triton.jit
 def _paged_scores_kernel(
-    q_ptr, keys_ptr, w_ptr, table_ptr, lengths_ptr, scores_ptr,
+    q_ptr, pool_ptr, w_ptr, table_ptr, lengths_ptr, keys_ptr,
     block_size, stride_table, stride_block, stride_token, width,
     Q: tl.constexpr, J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr,
-    BK: tl.constexpr, SPAN: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, QD: tl.constexpr, SPAN: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """SPAN keys of one new token."""
-    row = tl.program_id(0).to(tl.int64)
+    """SPAN keys of a sequence against QD of its new tokens."""
+    sequence = (tl.program_id(0) // tl.cdiv(Q, QD)).to(tl.int64)
+    first_new = tl.program_id(0) % tl.cdiv(Q, QD) * QD
     first = tl.program_id(1) * SPAN
-    end = last_seen(lengths_ptr, row, Q)
-    if (first < end) & (end > K):  # with no more than K keys all are kept
-        j, i = tl.arange(0, BJ), tl.arange(0, BI)
-        q_at = (row * J + j[:, None]) * I + i[None, :]
-        q = tl.load(q_ptr + q_at, mask=(j < J)[:, None] & (i < I)[None, :], other=0.0)
-        w = tl.load(w_ptr + row * J + j, mask=j < J, other=0.0)
+    length = tl.load(lengths_ptr + sequence)
+    if (first < length) & (length > K):  # with no more than K keys all are kept
+        i = tl.arange(0, BI)
+        nth, j = tl.arange(0, QD * BJ) // BJ, tl.arange(0, QD * BJ) % BJ
+        inside = (j < J) & (first_new + nth < Q)
+        row = sequence * Q + first_new
+        q_at = (row * J + (nth * J + j)[:, None]) * I + i[None, :]
+        q = tl.load(q_ptr + q_at, mask=inside[:, None] & (i < I)[None, :], other=0.0)
+        w = tl.load(w_ptr + row * J + nth * J + j, mask=inside, other=0.0)
+        n = tl.arange(0, QD)
+        end = length - (Q - 1 - first_new - n)  # keys that each new token sees
         for start in tl.range(0, SPAN, BK, num_stages=STAGES):
             at = first + start + tl.arange(0, BK)
-            there = at < end
+            there = at < length
             offset = page(
-                table_ptr, row // Q, at, there, block_size, stride_table, stride_block, stride_token
+                table_ptr, sequence, at, there, block_size, stride_table, stride_block, stride_token
             )
-            mask = there[:, None] & (i < I)[None, :]
-            k = tl.load(keys_ptr + offset[:, None] + i[None, :], mask=mask, other=0.0)
-            tl.store(scores_ptr + row * width + at, score_tile(k, q, w, INTERPRET), mask=there)
+            k = tl.load(
+                pool_ptr + offset[:, None] + i[None, :], mask=there[:, None] & (i < I)[None, :], other=0.0
+            )
+            score = score_tile(k, q, w, BK, QD, BJ, INTERPRET)
+            seen = (at[:, None] < end[None, :]) & (first_new + n < Q)[None, :]
+            tl.store(keys_ptr + (row + n)[None, :] * width + at[:, None], ordered(score), mask=seen)
 
 
 def topk(
     q_BQJI: Tensor,
-    keys_PSI: Tensor,
     w_BQJ: Tensor,
-    table_BM: Tensor,
-    lengths_B: Tensor,
+    pages: Pages,
     num_kept: int,
     *,
-    max_length: int,
-    shape: index_topk_triton.Shape = index_topk_triton.SHAPE,
+    shape: Shape = SHAPE,
+    select: topk_triton.Shape = topk_triton.SHAPE,
 ) -> Tensor:
     """Positions of the num_kept best keys of every new token: int32 [B, Q, K], ascending, -1 beyond.
 
-    The Q new tokens are the last of a sequence's lengths_B tokens (int32, at most max_length, their keys in the
-    cache already); each sees itself and what is before it. A length of 0 is an empty row. w is fp32 and carries
-    every factor. keys may be a view with strides; of the table (int32) only entries of blocks in use are read.
-    Raises ValueError for shapes and types that do not fit.
+    The Q new tokens are the last of each sequence, their keys in the cache already; each sees itself and what is
+    before it. w is fp32 and carries every factor; q has the dtype of the keys. Raises ValueError for what does
+    not fit.
     """
     B, Q, J, I = q_BQJI.shape
-    check_pages(keys_PSI, table_BM, lengths_B, B, max_length)
-    if keys_PSI.shape[2] != I or w_BQJ.shape != (B, Q, J) or w_BQJ.dtype != torch.float32:
+    pool_PSI, table_BM = pages.index_PSI, pages.table_BM
+    fits = pool_PSI.shape[2] == I and pool_PSI.dtype == q_BQJI.dtype and len(table_BM) == B
+    if not fits or w_BQJ.shape != (B, Q, J) or w_BQJ.dtype != torch.float32:
         raise ValueError(
-            f"q {tuple(q_BQJI.shape)}, keys {tuple(keys_PSI.shape)}, w {tuple(w_BQJ.shape)} {w_BQJ.dtype}"
+            f"q {tuple(q_BQJI.shape)} {q_BQJI.dtype}, keys {tuple(pool_PSI.shape)} {pool_PSI.dtype}, "
+            f"w {tuple(w_BQJ.shape)} {w_BQJ.dtype} and {len(table_BM)} sequences do not fit together"
         )
-    N = B * Q
-    scores_NL = torch.empty(N, max_length, dtype=torch.float32, device=q_BQJI.device)
+    N, width = B * Q, triton.cdiv(pages.max_length, 32) * 32
     kept_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_BQJI.device)
-    last_Q = torch.arange(1 - Q, 1, dtype=torch.int32, device=q_BQJI.device)
-    ends_N = (lengths_B[:, None] + last_Q).clamp(min=0).view(-1)
+    work = N * select.workspace(num_kept, width)
+    buffer = torch.empty(N * width + work, dtype=torch.int32, device=q_BQJI.device)
+    new_Q = torch.arange(1 - Q, 1, dtype=torch.int32, device=q_BQJI.device)
+    end_N = (pages.lengths_B[:, None] + new_Q).clamp(min=0).view(-1)
+    BJ = max(16, triton.next_power_of_2(J))
     if N:
-        _paged_scores_kernel[(N, triton.cdiv(max_length, SPAN))](
-            q_BQJI.contiguous(), keys_PSI, w_BQJ.contiguous(), table_BM, lengths_B, scores_NL,
-            keys_PSI.shape[1], table_BM.stride(0), keys_PSI.stride(0), keys_PSI.stride(1), max_length,
-            Q=Q, J=J, I=I, K=num_kept, BJ=max(16, triton.next_power_of_2(J)),
-            BI=max(16, triton.next_power_of_2(I)), BK=shape.keys, SPAN=max(SPAN, shape.keys),
-            INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages, num_warps=shape.warps,
+        together = shape.together(BJ)
+        _paged_scores_kernel[(B * triton.cdiv(Q, together), triton.cdiv(pages.max_length, SPAN))](
+            q_BQJI.contiguous(), pool_PSI, w_BQJ.contiguous(), table_BM, pages.lengths_B, buffer,
+            pages.block_size, table_BM.stride(0), pool_PSI.stride(0), pool_PSI.stride(1), width,
+            Q=Q, J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
+            QD=together, SPAN=SPAN, INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages,
+            num_warps=shape.warps,
         )  # fmt: skip
-        index_topk_triton.topk_rows(scores_NL, torch.zeros_like(ends_N), ends_N, kept_NK)
+        topk_triton.topk_rows(
+            buffer, torch.zeros_like(end_N), end_N, buffer[N * width :], kept_NK,
+            first_row=0, rows=N, first_key=0, width=width, shape=select,
+        )  # fmt: skip
     return kept_NK.view(B, Q, num_kept)
-
-
-def check_pages(
-    pool_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, num_rows: int, max_length: int
-) -> None:
-    """ValueError if pool, table and lengths do not describe num_rows sequences of up to max_length tokens."""
-    if pool_PSX.stride(2) != 1:
-        raise ValueError("the parts of a cache entry must lie side by side (last stride 1)")
-    if table_BM.dtype != torch.int32 or lengths_B.dtype != torch.int32 or table_BM.stride(1) != 1:
-        raise ValueError(
-            f"table {table_BM.dtype}, lengths {lengths_B.dtype}: both are int32, rows contiguous"
-        )
-    if len(table_BM) != num_rows or lengths_B.shape != (num_rows,):
-        raise ValueError(
-            f"table {tuple(table_BM.shape)} and lengths {tuple(lengths_B.shape)} for {num_rows} sequences"
-        )
-    room = table_BM.shape[1] * pool_PSX.shape[1]
-    if not 0 < max_length <= room:
-        raise ValueError(f"max_length={max_length}: the table's rows hold 1 to {room} tokens")

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.paged_index_topk_triton import check_pages, page
+from posttrain.kernels.paged_index_topk_triton import page
+from posttrain.kernels.pages import Pages
 from posttrain.kernels.sparse_mla_triton import FORWARD, FORWARD_FEW, LOG2E, Tiles, block, dot, interpreted
 
 PART = 512
@@ -103,8 +104,7 @@ def _combine_kernel(
 
 def attend(
     q_BQHE: Tensor,
-    pool_PSE: Tensor,
-    table_BM: Tensor,
+    pages: Pages,
     kept_BQK: Tensor,
     scale: float,
     value_size: int,
@@ -115,17 +115,15 @@ def attend(
     """Latent output [B, Q, H, R] in q's dtype and log-sum-exp fp32 [B, Q, H] over the kept positions.
 
     kept is int32, positions in the sequence, in any order; -1 is none, and a row without any gives zeros and
-    -inf. The pool may be a view with strides (last one 1). `part` is a power of two; smaller parts
-    serve small batches, larger ones move fewer bytes. Raises ValueError for what does not fit.
+    -inf. `part` is a power of two; smaller parts serve small batches, larger ones move fewer bytes. Raises
+    ValueError for what does not fit.
     """
     B, Q, H, E = q_BQHE.shape
-    K = kept_BQK.shape[2]
-    room = table_BM.shape[1] * pool_PSE.shape[1]
-    check_pages(pool_PSE, table_BM, table_BM[:, 0], B, room)
-    if pool_PSE.shape[2] != E or not 0 < value_size < E or kept_BQK.shape[:2] != (B, Q):
+    pool_PSE, table_BM, K, R = pages.entries_PSE, pages.table_BM, kept_BQK.shape[-1], value_size
+    if pool_PSE.shape[2] != E or not 0 < R < E or kept_BQK.shape != (B, Q, K) or len(table_BM) != B:
         raise ValueError(
-            f"q {tuple(q_BQHE.shape)}, pool {tuple(pool_PSE.shape)}, kept {tuple(kept_BQK.shape)} and value size "
-            f"{value_size} do not fit together"
+            f"q {tuple(q_BQHE.shape)}, pool {tuple(pool_PSE.shape)}, kept {tuple(kept_BQK.shape)}, value size "
+            f"{R} and {len(table_BM)} sequences do not fit together"
         )
     if kept_BQK.dtype != torch.int32:
         raise ValueError(f"kept is {kept_BQK.dtype}, not int32")
@@ -133,8 +131,7 @@ def attend(
         tiles = FORWARD if FORWARD_FEW.heads < H else FORWARD_FEW
     if part < tiles.keys or part & (part - 1):
         raise ValueError(f"part={part} is not a power of two of at least {tiles.keys}")
-    N, R = B * Q, value_size
-    BH, parts = min(tiles.heads, block(H)), triton.cdiv(K, part)
+    N, BH, parts = B * Q, min(tiles.heads, block(H)), triton.cdiv(K, part)
     acc_NCHR = q_BQHE.new_empty(N, parts, H, R, dtype=torch.float32)
     m_NCH, total_NCH = (q_BQHE.new_empty(N, parts, H, dtype=torch.float32) for _ in range(2))
     o_BQHR = q_BQHE.new_empty(B, Q, H, R)
@@ -142,7 +139,7 @@ def attend(
     if N:
         _part_kernel[(N, parts, triton.cdiv(H, BH))](
             q_BQHE.contiguous(), pool_PSE, table_BM, kept_BQK.contiguous(), acc_NCHR, m_NCH, total_NCH, scale,
-            room, pool_PSE.shape[1], table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
+            pages.room, pages.block_size, table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
             Q=Q, H=H, R=R, P=E - R, K=K, BH=BH, BR=block(R), BP=block(E - R), BK=tiles.keys,
             PART=part, PARTS=parts, INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip

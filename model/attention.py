@@ -11,7 +11,8 @@ Shape letters: T tokens, S slots, B rows, Q queries, L keys, H heads, E entry si
 N no-position size of a head, V value size, K kept entries, J indexer heads, I indexer head size.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,14 @@ from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
 from posttrain.kernels import reference
+from posttrain.kernels.pages import Pages
 from posttrain.kernels.sparse_mla import sparse_mla
 from posttrain.model.context import Context
 from posttrain.model.indexer import LightningIndexer
 from posttrain.model.rope import Rope, rotate
+
+if TYPE_CHECKING:  # triton exists on Linux only
+    from posttrain.kernels.index_topk_triton import Ranges
 
 
 class DsaAttention(hf.DeepseekV32Attention):
@@ -57,7 +62,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         if warmup or context.diagnose:
             self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
         if sparse and triton:
-            rows = _Rows(q_nope_THN, q_rot_THP, index[0], index[2], *context.ranges())
+            rows = _Rows(q_nope_THN, q_rot_THP, index[0], index[2] * self.indexer.head_dim**-0.5)
             o_THV = self._sparse_by_triton(rows, entries_TE, index[1], context)
         elif sparse:
             o_THV = self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
@@ -105,25 +110,32 @@ class DsaAttention(hf.DeepseekV32Attention):
     def _sparse_by_triton(
         self, rows: "_Rows", entries_TE: Tensor, k_index_TI: Tensor, context: Context
     ) -> Tensor:
-        """The sparse path on queries [T] and slots [S]: selection and attention in kernels, dense where that is less."""
+        """The sparse path on queries [T] and slots [S]: dense, by kernels, or by kernels for a cache."""
         entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
         keys_SI = context.slotted(self.layer_idx, "index", k_index_TI)
-        split = context.split(self.index_topk) if _has_dense_rows(context) else None
+        pages = context.pages(self.layer_idx)
+        if pages is not None:
+            return self._decode(rows, pages, context)
+        plan = context.plan(self.index_topk, dense_rows=_has_dense_rows(context))
+        ranges, split = plan.ranges, plan.split
         if split is None:
-            return self._kept_attention(rows, entries_SE, keys_SI, context)
+            assert ranges is not None, "no rows"
+            return self._attend_kept(rows, entries_SE, keys_SI, ranges, context)
         early = rows.select(split.early_T)
         q_THE = torch.cat((early.q_nope_THN, early.q_rot_THP), dim=-1)
         early_THV = self._dense(q_THE, entries_TE.index_select(0, split.early_T), split.early)
-        if not len(split.late_T):
+        if ranges is None:
             return early_THV
-        late_THV = self._kept_attention(rows.select(split.late_T), entries_SE, keys_SI, context)
+        late_THV = self._attend_kept(rows.select(split.late_T), entries_SE, keys_SI, ranges, context)
         return torch.cat((early_THV, late_THV)).index_select(0, split.back_T)
 
-    def _kept_attention(self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, context: Context) -> Tensor:
+    def _attend_kept(
+        self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, ranges: "Ranges", context: Context
+    ) -> Tensor:
         from posttrain.kernels import dsa  # triton exists on Linux only
 
-        index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ * self.indexer.head_dim**-0.5)
-        slots_TK = dsa.select(index, rows.begin_T, rows.end_T, self.index_topk)
+        index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
+        slots_TK = dsa.select(index, ranges, self.index_topk)
         o_THR, kl = dsa.attend(
             torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1),
             entries_SE,
@@ -137,8 +149,26 @@ class DsaAttention(hf.DeepseekV32Attention):
         if kl is not None:
             record.kl, record.kl_value = kl.loss, kl.value
         if context.record_kept:
-            record.kept_BQK = context.kept(slots_TK)
+            kept_TK = torch.where(slots_TK < 0, slots_TK, slots_TK - ranges.begin_N[:, None])
+            record.kept_BQK = context.grid(kept_TK)
         return self._values(o_THR)
+
+    def _decode(self, rows: "_Rows", pages: Pages, context: Context) -> Tensor:
+        from posttrain.kernels import dsa  # triton exists on Linux only
+
+        q_THE = torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1)
+        o_BQHR, kept_BQK = dsa.decode(
+            context.grid(q_THE),
+            context.grid(rows.q_index_TJI),
+            context.grid(rows.w_TJ),
+            pages,
+            num_kept=self.index_topk,
+            scale=self.scaling,
+            value_size=self.kv_lora_rank,
+        )
+        if context.record_kept:
+            context.record(self.layer_idx).kept_BQK = kept_BQK
+        return self._values(context.flat(o_BQHR))
 
     def _dense(self, q_THE: Tensor, entries_TE: Tensor, context: Context) -> Tensor:
         q_BQHE, entries_BLE = context.grid(q_THE), context.keys(self.layer_idx, "entries", entries_TE)
@@ -189,11 +219,11 @@ class _Rows:
     q_rot_THP: Tensor
     q_index_TJI: Tensor
     w_TJ: Tensor
-    begin_T: Tensor
-    end_T: Tensor
+    """With every factor."""
 
     def select(self, at: Tensor) -> "_Rows":
-        return _Rows(*(getattr(self, f.name).index_select(0, at) for f in fields(self)))
+        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ)
+        return _Rows(*(part.index_select(0, at) for part in parts))
 
 
 def _has_dense_rows(context: Context) -> bool:

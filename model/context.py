@@ -10,14 +10,19 @@ Shape letters: T tokens, B rows, Q queries per row, L keys per row, S slots, N l
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.kernels import reference
 from posttrain.kernels.backend import TORCH, Backend
+from posttrain.kernels.pages import Pages
+
+if TYPE_CHECKING:  # triton exists on Linux only
+    from posttrain.kernels.index_topk_triton import Ranges
 
 AttentionMode = Literal["dense", "sparse"]
 IndexerLoss = Literal["none", "dense", "sparse"]
@@ -73,16 +78,12 @@ class Context(Protocol):
         """Kept key positions of each query's document as slots, [T, K]; -1 stays."""
         ...
 
-    def kept(self, slots_TK: Tensor) -> Tensor:
-        """The way back: slots as key positions of each query's document, [B, Q, K]."""
+    def plan(self, topk: int, *, dense_rows: bool) -> "Plan":
+        """Which rows go where under the Triton backend; made once per pass, with the first layer's arguments."""
         ...
 
-    def ranges(self) -> tuple[Tensor, Tensor]:
-        """First slot that each query may see, and last + 1: int32 [T] each."""
-        ...
-
-    def split(self, topk: int) -> "Split | None":
-        """The tokens that see at most topk keys apart from the rest; None if documents do not start here."""
+    def pages(self, layer: int) -> Pages | None:
+        """The layer's cache if this pass continues sequences in it; None if its documents start here."""
         ...
 
     def mask(self) -> Tensor:
@@ -100,15 +101,25 @@ class Context(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The first topk tokens of every document, which see no more than topk keys, and all others."""
+    """The first rows of every document, which keep all their keys, and the others."""
 
     early_T: Tensor
     late_T: Tensor
-    """Tokens of the pass, ascending, as are early_T."""
+    """Rows of the pass, ascending, as are early_T."""
     back_T: Tensor
-    """Where each token of the pass stands in [early | late]."""
+    """Where each row stands in [early | late]."""
     early: "PackedContext"
-    """The early tokens as documents of their own, for dense attention."""
+    """The early rows as documents of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The way of each row (token) under the Triton backend."""
+
+    ranges: "Ranges | None"
+    """Slots that the rows of the kernels may see; None without such rows."""
+    split: Split | None = None
+    """Which rows are dense and which are the kernels'; None if all are the kernels'."""
 
 
 @dataclass(slots=True)
@@ -124,7 +135,7 @@ class _Base:
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     _mask: Tensor | None = None
-    _split: Split | None = None
+    _plan: Plan | None = None
 
     def mask(self) -> Tensor:
         if self._mask is None:
@@ -143,9 +154,7 @@ class PackedContext(_Base):
     positions_T: Tensor = field(init=False)
     _to_grid: Tensor = field(init=False)
     _to_flat: Tensor = field(init=False)
-    _row_T: Tensor = field(init=False)
     _shape: tuple[int, int] = field(init=False)
-    _ranges: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         starts_S, ends_S = self.cu_seqlens_S[:-1], self.cu_seqlens_S[1:]
@@ -154,10 +163,10 @@ class PackedContext(_Base):
         columns_L = torch.arange(width, device=starts_S.device)
         # Padding repeats the document's last token: finite numbers that no real query can see.
         self._to_grid = (starts_S[:, None] + columns_L.minimum(lengths_S[:, None] - 1)).reshape(-1)
-        self._row_T = torch.repeat_interleave(torch.arange(rows, device=starts_S.device), lengths_S)
+        row_T = torch.repeat_interleave(torch.arange(rows, device=starts_S.device), lengths_S)
         tokens_T = torch.arange(int(self.cu_seqlens_S[-1]), device=starts_S.device)
-        self.positions_T = tokens_T - starts_S[self._row_T]
-        self._to_flat = self._row_T * width + self.positions_T
+        self.positions_T = tokens_T - starts_S[row_T]
+        self._to_flat = row_T * width + self.positions_T
         self.query_positions_BQ = columns_L.expand(rows, width)
         self._shape, self.num_keys = (rows, width), width
 
@@ -176,19 +185,15 @@ class PackedContext(_Base):
     def slots(self, kept_BQK: Tensor) -> Tensor:
         return self.flat(_shift(kept_BQK, self.cu_seqlens_S[:-1]))
 
-    def kept(self, slots_TK: Tensor) -> Tensor:
-        return self.grid(_relative(slots_TK, self.ranges()[0]))
+    def plan(self, topk: int, *, dense_rows: bool) -> Plan:
+        if self._plan is None:
+            starts = self.cu_seqlens_S.tolist()
+            device = self.cu_seqlens_S.device
+            self._plan = _plan(starts[:-1], np.diff(starts).tolist(), topk if dense_rows else 0, device)
+        return self._plan
 
-    def ranges(self) -> tuple[Tensor, Tensor]:
-        if self._ranges is None:
-            begin_T = self.cu_seqlens_S[:-1][self._row_T]
-            self._ranges = (begin_T.int(), (begin_T + self.positions_T + 1).int())
-        return self._ranges
-
-    def split(self, topk: int) -> Split | None:
-        if self._split is None:
-            self._split = _split(self.cu_seqlens_S, self.positions_T, topk)
-        return self._split
+    def pages(self, layer: int) -> None:
+        return None
 
     def query_mask(self) -> Tensor:
         rows, width = self._shape
@@ -223,6 +228,7 @@ class StaticContext(_Base):
     _starts_B: Tensor = field(init=False)
     """First slot of each row."""
     _slots_T: Tensor = field(init=False)
+    _table: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.positions_T = self.query_positions_BQ.reshape(-1)
@@ -247,20 +253,29 @@ class StaticContext(_Base):
     def slots(self, kept_BQK: Tensor) -> Tensor:
         return self.flat(_shift(kept_BQK, self._starts_B))
 
-    def kept(self, slots_TK: Tensor) -> Tensor:
-        return self.grid(_relative(slots_TK, self.ranges()[0]))
+    def plan(self, topk: int, *, dense_rows: bool) -> Plan:
+        assert self.pages(0) is None, "documents start in an earlier pass"
+        if self._plan is None:
+            rows, width = self.query_positions_BQ.shape
+            starts = [row * self.cache.length for row in range(rows)]
+            self._plan = _plan(starts, [width] * rows, topk if dense_rows else 0, self.positions_T.device)
+        return self._plan
 
-    def ranges(self) -> tuple[Tensor, Tensor]:
-        return (self._slots_T - self.positions_T).int(), (self._slots_T + 1).int()
-
-    def split(self, topk: int) -> Split | None:
-        rows, width = self.query_positions_BQ.shape
-        if width < self.num_keys:  # some keys come from earlier passes
+    def pages(self, layer: int) -> Pages | None:
+        if self.query_positions_BQ.shape[1] == self.num_keys:
             return None
-        if self._split is None:
-            starts = torch.arange(rows + 1, device=self.positions_T.device) * width
-            self._split = _split(starts, self.positions_T, topk)
-        return self._split
+        entries = self.cache.layers[layer]
+        if self._table is None:  # a row of the cache is one block
+            rows = torch.arange(len(entries), dtype=torch.int32, device=entries.device)
+            self._table = (rows[:, None], (self.query_positions_BQ[:, -1] + 1).int())
+        table_B1, lengths_B = self._table
+        return Pages(
+            entries_PSE=self.cache.part("entries", entries),
+            index_PSI=self.cache.part("index", entries),
+            table_BM=table_B1,
+            lengths_B=lengths_B,
+            max_length=self.num_keys,
+        )
 
     def _add(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         part = self.cache.part(name, self.cache.layers[layer].flatten(0, 1))
@@ -274,14 +289,24 @@ def _shift(kept_BQK: Tensor, starts_B: Tensor) -> Tensor:
     return torch.where(kept_BQK < 0, kept_BQK, kept_BQK + starts_B[:, None, None])
 
 
-def _relative(slots_TK: Tensor, begin_T: Tensor) -> Tensor:
-    return torch.where(slots_TK < 0, slots_TK, slots_TK - begin_T[:, None])
+def _plan(starts: list[int], lengths: list[int], num_early: int, device: torch.device) -> Plan:
+    """The plan for documents of these lengths and first slots; the first num_early rows of each are dense."""
+    from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
 
-
-def _split(cu_seqlens_S: Tensor, positions_T: Tensor, topk: int) -> Split:
-    lengths_S = cu_seqlens_S.diff().clamp(max=topk)
-    is_early_T = positions_T < topk
+    sizes = torch.tensor(lengths)
+    first_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    positions_T = torch.arange(len(first_T)) - first_T
+    begin_T = torch.tensor(starts).repeat_interleave(sizes)
+    if not num_early:
+        return Plan(key_ranges(begin_T, begin_T + positions_T + 1, device))
+    is_early_T = positions_T < num_early
     early_T, late_T = is_early_T.nonzero()[:, 0], (~is_early_T).nonzero()[:, 0]
-    starts_S = F.pad(lengths_S.cumsum(0), (1, 0))
-    back_T = torch.cat((early_T, late_T)).argsort()
-    return Split(early_T, late_T, back_T, PackedContext(attention="dense", cu_seqlens_S=starts_S))
+    ends_S = sizes.clamp(max=num_early).cumsum(0).to(device)
+    late_begin, late_end = begin_T[late_T], (begin_T + positions_T + 1)[late_T]
+    split = Split(
+        early_T=early_T.to(device),
+        late_T=late_T.to(device),
+        back_T=torch.cat((early_T, late_T)).argsort().to(device),
+        early=PackedContext(attention="dense", cu_seqlens_S=F.pad(ends_S, (1, 0))),
+    )
+    return Plan(key_ranges(late_begin, late_end, device) if len(late_T) else None, split)

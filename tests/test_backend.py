@@ -15,6 +15,9 @@ from posttrain.kernels.sparse_mla import sparse_mla
 from posttrain.learner import Learner, Setup
 from posttrain.model.arch import DeepseekV32ForCausalLM, target_logprobs
 from posttrain.model.context import PackedContext, StaticCache, StaticContext
+from posttrain.rollouts.request import Request, Sampling
+from posttrain.rollouts.torch_engine import TorchEngine
+from posttrain.toy import sorting, tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = Backend(name="triton", reason="test", dense_rows=False)
@@ -177,6 +180,34 @@ def test_prefill_into_a_cache_and_a_second_pass_after_it(dense_rows: bool) -> No
     torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=0)
     for a, b in zip(cache_ours, cache_wanted, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_engine_generates_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill by the packed kernels, steps by those for a cache; they keep what the packed kernels keep."""
+    made: list[StaticContext] = []
+    init = StaticContext.__post_init__
+    monkeypatch.setattr(StaticContext, "__post_init__", lambda self: (init(self), made.append(self))[0])
+    tasks = list(sorting.tasks(seed=5, n=2))
+    requests = [Request(task=t, index=0, seed=i, max_new_tokens=4) for i, t in enumerate(tasks)]
+    settings = Sampling(record_kept=True, record_experts=True, ignore_eos=True)
+    rollouts = []
+    for choice in ("torch", "triton"):
+        engine = TorchEngine(_model(), tokenizer.build(), backend=choice)  # type: ignore[arg-type]
+        rollouts.append(engine.generate(requests, settings))
+    assert sum(context.pages(0) is not None for context in made) == 3, (
+        "not every step used the cache's kernels"
+    )
+    for wanted, ours in zip(*rollouts, strict=True):
+        assert (ours.tokens == wanted.tokens).all() and (ours.experts == wanted.experts).all()
+        assert ours.kept is not None and (ours.kept == wanted.kept).all()
+        torch.testing.assert_close(ours.logprobs, wanted.logprobs, atol=1e-5, rtol=0)
+        packed = _context(TRITON, [len(ours.tokens)])
+        with torch.no_grad():
+            engine.model(torch.from_numpy(ours.tokens.astype("int64")).to(DEVICE), packed)
+        for layer in range(2):
+            kept = packed.records[layer].kept_BQK
+            assert kept is not None and (kept[0, :-1].cpu().numpy() == ours.kept[layer]).all()
 
 
 @pytest.fixture(scope="module")
