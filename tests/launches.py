@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels import (
+    dsa,
     index_topk_triton,
     indexer_kl_triton,
     sparse_mla_backward_triton,
     sparse_mla_triton,
 )
+from posttrain.kernels.index_topk_triton import key_ranges
+from posttrain.kernels.pages import Pages
 
 KEPT = 2048
 LATENT, ROTARY = 512, 64
@@ -60,12 +63,25 @@ def _index() -> tuple[Tensor, Tensor, Tensor]:
 
 def _topk() -> None:
     begin = torch.zeros(QUERIES, dtype=torch.int32)
-    index_topk_triton.topk(*_index(), begin, begin + SLOTS, KEPT)
+    index_topk_triton.topk(*_index(), key_ranges(begin, begin + SLOTS, "cpu"), KEPT)
 
 
 def _indexer_kl(*, deterministic: bool) -> None:
     p, weight = torch.zeros(QUERIES, KEPT), torch.zeros(QUERIES)
     indexer_kl_triton.indexer_kl(*_index(), _slots(), p, weight, deterministic=deterministic)
+
+
+def _pages() -> Pages:
+    pool = _bf16(QUERIES * 64, 64, LATENT + ROTARY + INDEX_SIZE)
+    table = torch.zeros(QUERIES, 64, dtype=torch.int32)
+    entries, keys = pool.split([LATENT + ROTARY, INDEX_SIZE], -1)
+    return Pages(entries, keys, table, table[:, 0].contiguous(), SLOTS)
+
+
+def _decode(heads: int, new: int) -> None:
+    q = _bf16(QUERIES, new, heads, LATENT + ROTARY)
+    q_index, w = _bf16(QUERIES, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(QUERIES, new, INDEX_HEADS)
+    dsa.decode(q, q_index, w, _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
 
 
 LAUNCHES: dict[str, Launch] = {
@@ -79,6 +95,10 @@ LAUNCHES: dict[str, Launch] = {
     "sparse backward, 128 heads, deterministic, no target": Launch(
         call=lambda: _sparse_backward(128, deterministic=True, with_target=False)
     ),
+    **{
+        f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new))
+        for h, new in ((128, 1), (64, 2), (16, 1))
+    },
     "index scores and top-k": Launch(call=_topk, spill={"_topk_kernel": 16}),
     "indexer KL": Launch(call=lambda: _indexer_kl(deterministic=False), spill={"_kernel": 64}),
     "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True), spill={"_kernel": 400}),

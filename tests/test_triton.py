@@ -82,7 +82,9 @@ def test_sparse_mla(
     monkeypatch: pytest.MonkeyPatch, num: int, heads: int, value: int, rotary: int, kept: int, keys: int,
     deterministic: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sparse_mla_backward, "WORKSPACE_BYTES", 2 * 4 * heads * kept * 4)  # four queries at a time
+    monkeypatch.setattr(
+        sparse_mla_backward, "WORKSPACE_BYTES", 2 * 4 * heads * kept * 4
+    )  # four queries at a time
     q, kv, do = _random(num, heads, value + rotary, seed=0), _random(keys, value + rotary, seed=1), None
     slots = _slots(num, kept, keys)
     kv[0] = NAN
