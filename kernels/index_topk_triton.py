@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import topk_triton
+from posttrain.kernels.product_triton import dot
 
 CHUNK_BYTES = 32 << 20
 """Scores of one chunk of queries: half of an H200's L2 cache."""
@@ -124,17 +125,14 @@ def _seen(
 def score_tile(k, q, w, BK: tl.constexpr, QD: tl.constexpr, BJ: tl.constexpr, INTERPRET: tl.constexpr):
     """Scores [BK, QD] of keys [BK, BI] for QD queries, their heads as rows [QD BJ, BI] of one product.
 
-    Every kernel that scores does it here with the same shape, so that all find the same bits.
+    Every kernel that selects scores here, with the same shape, so that all find the same bits.
     """
-    if INTERPRET:
-        x = tl.dot(k.to(tl.float32), tl.trans(q).to(tl.float32))
-    else:
-        x = tl.dot(k, tl.trans(q))
+    x = dot(k, tl.trans(q), INTERPRET)
     part = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
     return tl.sum(tl.reshape(part, [BK, QD, BJ]), 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows", "first_key", "num_keys"])
 def _scores_kernel(
     q_ptr, k_ptr, w_ptr, k_scale_ptr, keys_ptr, begin_ptr, end_ptr,
     first_row, rows, first_key, num_keys, width,
@@ -224,7 +222,9 @@ def _check(q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, ranges: Ranges, k_scale_S:
         )
     if (q_NJI.element_size() == 1) != (k_scale_S is not None):
         raise ValueError("quantised keys need scales, others have none")
-    if k_scale_S is not None and (k_scale_S.shape != (len(k_SI),) or k_scale_S.dtype != torch.float32 or I > 128):
+    if k_scale_S is not None and (
+        k_scale_S.shape != (len(k_SI),) or k_scale_S.dtype != torch.float32 or I > 128
+    ):
         raise ValueError(f"scales {tuple(k_scale_S.shape)} {k_scale_S.dtype} of {len(k_SI)} keys of size {I}")
     for name, tensor in (("q", q_NJI), ("k", k_SI), ("w", w_NJ)):
         if not tensor.is_contiguous():

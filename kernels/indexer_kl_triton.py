@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels.product_triton import dot
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -35,14 +37,6 @@ SHAPE = Shape()
 
 
 @triton.jit
-def dot(a, b, INTERPRET: tl.constexpr):
-    """Product with fp32 sums; the interpreter's own is wrong for bf16."""
-    if INTERPRET:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b)
-
-
-@triton.jit
 def _keys(k_ptr, slots_ptr, start, num_slots, i, I: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
     """BK of a query's keys [BK, BI], zeros for missing ones; their slots, and which exist."""
     at = start + tl.arange(0, BK)
@@ -54,25 +48,28 @@ def _keys(k_ptr, slots_ptr, start, num_slots, i, I: tl.constexpr, K: tl.constexp
 
 
 @triton.jit
-def _divergence(scores_ptr, p_ptr, end, weight, KB: tl.constexpr):
-    """KL of a query; dI takes the place of its scores (-inf: missing). An empty row gives 0."""
+def _divergence(
+    scores_ptr, p_ptr, slots_ptr, num_slots, end, weight, KB: tl.constexpr
+):  # fmt: skip
+    """KL of a query; dI takes the place of its scores. An empty row gives 0."""
     at = tl.arange(0, KB)
-    score = tl.load(scores_ptr + at, mask=at < end, other=float("-inf"))
-    valid = score > float("-inf")
+    slots = tl.load(slots_ptr + at, mask=at < end, other=-1)
+    valid = (slots >= 0) & (slots < num_slots)
+    score = tl.load(scores_ptr + at, mask=valid, other=float("-inf"))
     p = tl.load(p_ptr + at, mask=valid, other=0.0)
     m = tl.maximum(tl.max(score, 0), -1e30)
     exp = tl.exp(score - m)
     total = tl.sum(exp, 0)
-    total = tl.where(total > 0, total, 1.0)
+    total = tl.where(total == 0, 1.0, total)
     mass = tl.sum(p, 0)
     di = (exp * (mass / total) - p) * weight
     tl.store(scores_ptr + at, di, mask=at < end)
     logq = tl.where(valid, score, 0.0) - (m + tl.log(total))
-    return tl.sum(tl.where(p > 0, p * (tl.log(tl.where(p > 0, p, 1.0)) - logq), 0.0), 0)
+    return tl.sum(tl.where(p > 0, p * tl.log(tl.where(p > 0, p, 1.0)), 0.0) - p * logq, 0)
 
 
 @triton.jit
-def add_rows(out_ptr, rows, value, valid, i, unit_ptr, lost_ptr, I: tl.constexpr, EXACT: tl.constexpr):
+def _add_rows(out_ptr, rows, value, valid, i, unit_ptr, lost_ptr, I: tl.constexpr, EXACT: tl.constexpr):
     """Add value to columns i of rows of fp32 memory, or of integers of which unit are 1.0."""
     target = out_ptr + rows[:, None] * I + i[None, :]
     mask = valid[:, None] & (i < I)[None, :]
@@ -117,12 +114,11 @@ def _kernel(
     for start in tl.range(0, stop, BK, num_stages=STAGES):
         k, slots, valid = _keys(k_ptr, slots_ptr, start, num_slots, i, I, K, BK)
         x = dot(k, tl.trans(q), INTERPRET)
-        score = tl.where(valid, tl.sum(tl.maximum(x, 0.0) * w[None, :], 1), float("-inf"))
-        at = start + tl.arange(0, BK)
-        tl.store(scores_ptr + at, score, mask=at < K)
+        score = tl.sum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :], 1)
+        tl.store(scores_ptr + start + tl.arange(0, BK), score, mask=valid)
     tl.debug_barrier()  # the scores just stored are read by other threads
     weight = tl.load(weight_ptr + row)
-    tl.store(kl_ptr + row, _divergence(scores_ptr, p_ptr + row * K, end, weight, KB))
+    tl.store(kl_ptr + row, _divergence(scores_ptr, p_ptr + row * K, slots_ptr, num_slots, end, weight, KB))
     tl.debug_barrier()
     # dk in two halves of columns: its sums and the addresses they go to would fill the registers
     low, high = tl.arange(0, BC), BC + tl.arange(0, BC)
@@ -134,12 +130,9 @@ def _kernel(
         x = dot(k, tl.trans(q), INTERPRET)
         di = tl.load(scores_ptr + start + tl.arange(0, BK), mask=valid, other=0.0)
         g = tl.where(x > 0, di[:, None], 0.0).to(q.dtype)
-        if INTERPRET:
-            gk += dot(tl.trans(g), k, INTERPRET)
-        else:
-            gk = tl.dot(tl.trans(g), k, gk)
-        add_rows(dk_ptr, slots, dot(g, qw_low, INTERPRET), valid, low, unit_ptr, lost_ptr, I, EXACT)
-        add_rows(dk_ptr, slots, dot(g, qw_high, INTERPRET), valid, high, unit_ptr, lost_ptr, I, EXACT)
+        gk += dot(tl.trans(g), k, INTERPRET)
+        _add_rows(dk_ptr, slots, dot(g, qw_low, INTERPRET), valid, low, unit_ptr, lost_ptr, I, EXACT)
+        _add_rows(dk_ptr, slots, dot(g, qw_high, INTERPRET), valid, high, unit_ptr, lost_ptr, I, EXACT)
     # q and w once more: kept from above they would occupy registers all the time
     q = tl.load(q_ptr + q_at, mask=in_ji, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + row * J + j, mask=j < J, other=0.0)

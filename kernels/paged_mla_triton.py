@@ -17,10 +17,11 @@ from torch import Tensor
 
 from posttrain.kernels.paged_index_topk_triton import page
 from posttrain.kernels.pages import Pages
-from posttrain.kernels.sparse_mla_triton import FORWARD, FORWARD_FEW, LOG2E, Tiles, block, dot, interpreted
+from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, block, dot, interpreted
 
 PART = 512
 """Kept entries of a part."""
+FEW_HEADS = Tiles(heads=32)
 
 
 @triton.jit

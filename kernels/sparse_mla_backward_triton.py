@@ -3,14 +3,19 @@
 Three kernels. `_delta_kernel`: delta = dO . O per query and head. `_pairs_kernel`: logits and dP of a tile of
 kept entries and all heads, from which come the probabilities P, dS = P (dP - delta) scale and, at no further
 product, the head-summed target of the indexer; the log-sum-exp is known, so tiles are independent of each
-other. `_grads_kernel`: dQ = dS K and d(entries) = dS^T Q + P^T dO for a block of columns; the gradient of an
-entry is summed over all heads in registers before it is added to memory, as fp32 (fast) or as 64-bit integers,
-which add up to the same bits in any order (deterministic). P and dS pass through memory in the inputs' dtype,
-the type in which they enter the products anyway. Definition: reference.sparse_mla. Next: README.md.
+other. `_dq_kernel`: dQ = dS K. `_dkv_kernel`: dS^T Q + P^T dO, what a query adds to its entries, summed over all
+heads in registers. In fast mode it is added to memory atomically, in fp32; in deterministic mode it is written
+down in the inputs' dtype, and `_sum_kernel` adds the rows of each entry up in the order of the queries, in fp32.
+P and dS pass through memory in the inputs' dtype, the type in which they enter the products anyway.
+
+Adding to memory is bound by the L2 cache, the products by the tensor cores: two streams let the one hide behind
+the other. Definition: reference.sparse_mla. Next: README.md.
 
 Shape letters as in sparse_mla_triton.py; n queries of a chunk.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.sparse_mla_triton import LOG2E, block, check, dot, interpreted, kept, last_kept
+from posttrain.kernels import sparse_mla_backward_gluon as gluon
+from posttrain.kernels.sparse_mla_triton import (
+    LOG2E,
+    block,
+    check,
+    dot,
+    fits_gluon,
+    interpreted,
+    kept,
+    last_kept,
+)
 
-WORKSPACE_BYTES = 1 << 30
-"""P and dS of one chunk of queries."""
+WORKSPACE_BYTES = 512 << 20
+"""P and dS of one chunk of queries (there are two such buffers); also the rows of the deterministic mode."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +56,12 @@ class Launch:
     """Launch shapes of the backward pass."""
 
     pairs: Tiles = Tiles(keys=128, columns=64, warps=4, stages=3, heads=64)
-    dq: Tiles = Tiles(keys=64, columns=128, warps=8, stages=3)
-    dkv: Tiles = Tiles(keys=64, columns=128, warps=4, stages=2)
+    dq: Tiles = Tiles(keys=64, columns=128, warps=4, stages=3)
+    dkv: Tiles | None = None
+    """None: in Gluon where its shapes fit."""
+
+
+DKV = Tiles(keys=64, columns=128, warps=4, stages=3)
 
 
 LAUNCH = Launch()
@@ -102,21 +121,6 @@ def _pairs_kernel(
 
 
 @triton.jit
-def _add(dkv_ptr, grad, slots, valid, c, in_c, unit, lost_ptr, E: tl.constexpr, EXACT: tl.constexpr):
-    """Add the gradients [BK, BC] of entries to memory."""
-    target = dkv_ptr + slots[:, None] * E + c[None, :]
-    mask = valid[:, None] & in_c[None, :]
-    if EXACT:
-        finite = tl.abs(grad) < float("inf")
-        if tl.min(tl.where(mask & (finite == 0), 0, 1)) == 0:
-            tl.store(lost_ptr, float("nan"))  # integers cannot say so themselves
-        units = (tl.where(finite, grad, 0.0) * unit).to(tl.int64)
-        tl.atomic_add(target, units, mask=mask, sem="relaxed")
-    else:
-        tl.atomic_add(target, grad, mask=mask, sem="relaxed")
-
-
-@triton.jit
 def _dq_kernel(
     kv_ptr, slots_ptr, work_ptr, dq_ptr, num_slots, first_row,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
@@ -147,12 +151,15 @@ def _dq_kernel(
 
 @triton.jit
 def _dkv_kernel(
-    q_ptr, slots_ptr, do_ptr, work_ptr, dkv_ptr, unit_ptr, lost_ptr, num_slots, first_row,
+    q_ptr, slots_ptr, do_ptr, work_ptr, dkv_ptr, num_slots, first_row,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
     BH: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    VALUE: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    VALUE: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What one query adds to BC columns of its entries: [dS | P]^T [Q | dO] (VALUE), dS^T Q for the rotary ones."""
+    """What one query adds to BC columns of its entries: [dS | P]^T [Q | dO] (VALUE), dS^T Q for the rotary ones.
+
+    With ROWS dkv_ptr is a table with a row for each kept entry of the chunk.
+    """
     E: tl.constexpr = R + P
     BLOCKS: tl.constexpr = tl.cdiv(R if VALUE else P, BC)
     B2: tl.constexpr = 2 * BH if VALUE else BH
@@ -167,7 +174,6 @@ def _dkv_kernel(
     if VALUE:
         do_at = do_ptr + (row * H + h[:, None]) * R + c[None, :]
         q_do += tl.load(do_at, mask=in_hc & (is_q == 0)[:, None], other=0.0)
-    unit = tl.load(unit_ptr) if EXACT else 1.0
     end = K if INTERPRET else last_kept(slots_ptr, row, num_slots, K, KB)
     for start in tl.range(0, end, BK, num_stages=STAGES):
         at, slots, valid = kept(slots_ptr, row, start, num_slots, K, BK)
@@ -176,7 +182,40 @@ def _dkv_kernel(
             mask=(at < K)[:, None] & (h < H)[None, :], other=0.0,
         )  # fmt: skip
         grad = dot(ds_p, q_do, tl.zeros([BK, BC], tl.float32), INTERPRET)
-        _add(dkv_ptr, grad, slots, valid, c, in_c, unit, lost_ptr, E, EXACT)
+        if ROWS:
+            target = dkv_ptr + (local * K + at[:, None]) * E + c[None, :]
+            tl.store(target, grad.to(dkv_ptr.dtype.element_ty), mask=valid[:, None] & in_c[None, :])
+        else:
+            target = dkv_ptr + slots[:, None] * E + c[None, :]
+            tl.atomic_add(target, grad, mask=valid[:, None] & in_c[None, :], sem="relaxed")
+
+
+@triton.jit
+def _sum_kernel(
+    rows_ptr, order_ptr, starts_ptr, dkv_ptr,
+    R: tl.constexpr, P: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """Add the rows of one entry in their order, BI at a time."""
+    E: tl.constexpr = R + P
+    slot = tl.program_id(0).to(tl.int64)
+    i = tl.load(starts_ptr + slot)
+    end = tl.load(starts_ptr + slot + 1)
+    if i < end:
+        r, p = tl.arange(0, BR), tl.arange(0, BP)
+        latent = tl.zeros([BI, BR], tl.float32)
+        rotary = tl.zeros([BI, BP], tl.float32)
+        while i < end:
+            at = i + tl.arange(0, BI)
+            there = (at < end)[:, None]
+            row = rows_ptr + tl.load(order_ptr + at, mask=at < end, other=0)[:, None] * E
+            part = tl.load(row + r[None, :], mask=there & (r < R)[None, :], other=0.0)
+            part_rotary = tl.load(row + R + p[None, :], mask=there & (p < P)[None, :], other=0.0)
+            latent += part.to(tl.float32)
+            rotary += part_rotary.to(tl.float32)
+            i += BI
+        dkv = dkv_ptr + slot * E
+        tl.store(dkv + r, tl.load(dkv + r, mask=r < R, other=0.0) + tl.sum(latent, 0), mask=r < R)
+        tl.store(dkv + R + p, tl.load(dkv + R + p, mask=p < P, other=0.0) + tl.sum(rotary, 0), mask=p < P)
 
 
 def backward(
@@ -198,28 +237,31 @@ def backward(
     """
     R = o_NHR.shape[-1]
     N, H, E = check(q_NHE, entries_SE, slots_NK, R)
-    K, P = slots_NK.shape[1], E - R
+    K, S, INTERPRET = slots_NK.shape[1], len(entries_SE), interpreted()
     BH, KB = min(launch.pairs.heads, block(H)), triton.next_power_of_2(K)
     G = triton.cdiv(H, BH)
     delta_NH = q_NHE.new_empty(N, H, dtype=torch.float32)
     dq_NHE = torch.empty_like(q_NHE)
     target_NGK = q_NHE.new_empty((N, G, K) if with_target else (1,), dtype=torch.float32)
-    rows = max(1, min(N, WORKSPACE_BYTES // (2 * q_NHE.element_size() * H * K)))
-    work_nK2H = q_NHE.new_empty(rows, K, 2 * H)
-    lost = q_NHE.new_zeros(1, dtype=torch.float32)
-    dkv_SE = q_NHE.new_zeros(entries_SE.shape, dtype=torch.int64 if deterministic else torch.float32)
-    unit = _unit(q_NHE, entries_SE, do_NHR, scale) if deterministic else lost
-    S, INTERPRET = len(entries_SE), interpreted()
+    dkv_SE = q_NHE.new_zeros(entries_SE.shape, dtype=torch.float32)
+    wide = max(2 * H, E) if deterministic else 2 * H
+    rows = max(1, min(N, WORKSPACE_BYTES // (q_NHE.element_size() * K * wide)))
+    works = [q_NHE.new_empty(rows, K, 2 * H) for _ in range(2)]
     if N:
         _delta_kernel[(triton.cdiv(N * H, 16),)](o_NHR, do_NHR, delta_NH, N * H, R=R, BR=block(R), ROWS=16)
-    for first in range(0, N, rows):
-        count = min(rows, N - first)
+    side = _Side(q_NHE.device)
+    for chunk, first in enumerate(range(0, N, rows)):
+        count, work_nK2H = min(rows, N - first), works[chunk % 2]
+        side.wait_for_buffer(chunk % 2)
         t = launch.pairs
         _pairs_kernel[(count * G * triton.cdiv(K, t.keys),)](
             q_NHE, entries_SE, slots_NK, do_NHR, lse_NH, delta_NH, work_nK2H, target_NGK, scale, S, first,
-            H=H, R=R, P=P, K=K, BH=BH, BD=t.columns, BK=t.keys, G=G, TARGET=with_target,
+            H=H, R=R, P=E - R, K=K, BH=BH, BD=t.columns, BK=t.keys, G=G, TARGET=with_target,
             INTERPRET=INTERPRET, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
+        with side.follow(chunk % 2):
+            add = _add_in_order if deterministic else _add_atomically
+            add(q_NHE, slots_NK, do_NHR, work_nK2H[:count], dkv_SE, first, launch.dkv)
         t = launch.dq
         columns = min(t.columns, block(E))
         _dq_kernel[(count * triton.cdiv(E, columns),)](
@@ -227,29 +269,87 @@ def backward(
             H=H, E=E, K=K, KB=KB, BH=block(H), BC=columns, BK=t.keys,
             INTERPRET=INTERPRET, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
-        t = launch.dkv
-        for value, size in ((True, R), (False, P)):
-            columns = min(t.columns, block(size))
-            _dkv_kernel[(count * triton.cdiv(size, columns),)](
-                q_NHE, slots_NK, do_NHR, work_nK2H, dkv_SE, unit, lost, S, first,
-                H=H, R=R, P=P, K=K, KB=KB, BH=block(H), BC=columns, BK=t.keys, VALUE=value,
-                EXACT=deterministic, INTERPRET=INTERPRET, STAGES=t.stages, num_warps=t.warps,
-            )  # fmt: skip
-    if deterministic:
-        dkv_SE = (dkv_SE.double() / unit.double()).float() + lost
+    side.join()
     return dq_NHE, dkv_SE, target_NGK.sum(1) / H if with_target else None
 
 
-def _unit(q_NHE: Tensor, entries_SE: Tensor, do_NHR: Tensor, scale: float) -> Tensor:
-    """How many integer units are 1.0, fp32 [1]: the largest power of two with which no sum overflows.
+class _Side:
+    """A second stream that works on what the first has finished; on the CPU there is one order of things."""
 
-    |dS| <= 2 scale max|dO . V|, |P| <= 1, and no entry can be kept by more queries than there are. Entries
-    that are not finite are left out: nobody may have kept them; if somebody has, the kernel says so.
-    """
-    N, H, R = do_NHR.shape
-    v_SR = entries_SE[:, :R].abs()
-    q, do = (x.abs().amax().double() for x in (q_NHE, do_NHR))
-    v = v_SR.masked_fill(~v_SR.isfinite(), 0.0).amax().double()
-    bound = N * H * do * (2 * scale * R * v * q + 1)
-    bound = torch.where(bound.isfinite() & (bound > 0), bound, 1.0)
-    return torch.exp2(torch.floor(62 - torch.log2(bound)).clamp(-100, 100)).float().reshape(1)
+    def __init__(self, device: torch.device) -> None:
+        self._main = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._busy: dict[int, list[torch.cuda.Event]] = {0: [], 1: []}
+
+    def wait_for_buffer(self, number: int) -> None:
+        """Before the first stream writes to a buffer: all that read it are done."""
+        for event in self._busy[number]:
+            assert self._main is not None
+            self._main.wait_event(event)
+        self._busy[number].clear()
+
+    @contextmanager
+    def follow(self, number: int) -> Iterator[None]:
+        """Work on a buffer, after what the first stream has done up to here."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(self._main)
+        with torch.cuda.stream(self._stream):
+            yield
+            self._busy[number].append(self._stream.record_event())
+
+    def join(self) -> None:
+        """The first stream goes on when the second is done."""
+        if self._main is not None:
+            self._main.wait_stream(self._stream)
+
+
+def _add_atomically(
+    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles | None
+) -> None:
+    _dkv(q_NHE, slots_NK, do_NHR, work_nK2H, dkv_SE, dkv_SE, first, t)
+
+
+def _add_in_order(
+    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles | None
+) -> None:
+    """Write the rows of the chunk, sort them by entry (stable: by query within an entry), sum."""
+    n, K, _ = work_nK2H.shape
+    S, E = dkv_SE.shape
+    rows_LE = q_NHE.new_empty(n * K, E)
+    _dkv(q_NHE, slots_NK, do_NHR, work_nK2H, rows_LE, dkv_SE, first, t)
+    slots_L = slots_NK[first : first + n].reshape(-1)
+    slots_L = torch.where((slots_L >= 0) & (slots_L < S), slots_L, S)
+    sorted_L, order_L = slots_L.sort(stable=True)
+    starts = torch.searchsorted(sorted_L, torch.arange(S + 1, dtype=torch.int32, device=slots_L.device))
+    R = do_NHR.shape[-1]
+    _sum_kernel[(S,)](
+        rows_LE, order_L, starts, dkv_SE, R=R, P=E - R, BR=block(R), BP=block(E - R), BI=8, num_warps=4
+    )
+
+
+def _dkv(
+    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, target: Tensor, dkv_SE: Tensor,
+    first: int, t: Tiles | None,
+) -> None:  # fmt: skip
+    n, K, _ = work_nK2H.shape
+    H, R = do_NHR.shape[1:]
+    S, E = dkv_SE.shape
+    shape = {"H": H, "R": R, "P": E - R, "K": K, "ROWS": target is not dkv_SE}
+    KB = triton.next_power_of_2(K)
+    for value, size in ((True, R), (False, E - R)):
+        args = (q_NHE, slots_NK, do_NHR, work_nK2H, target, S, first)
+        if t is None and fits_gluon(q_NHE, R, E - R):
+            columns = min(gluon.COLUMNS, size)
+            gluon.dkv_kernel[(n * (size // columns),)](
+                *args, **shape, KB=max(KB, 32 * gluon.WARPS), BC=columns, BK=gluon.KEYS, VALUE=value,
+                num_warps=gluon.WARPS,
+            )  # fmt: skip
+            continue
+        tiles = t or DKV
+        columns = min(tiles.columns, block(size))
+        _dkv_kernel[(n * triton.cdiv(size, columns),)](
+            *args, **shape, KB=KB, BH=block(H), BC=columns, BK=tiles.keys, VALUE=value,
+            INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
+        )  # fmt: skip

@@ -3,7 +3,8 @@
 One program works on one query and a tile of its heads, so a row's result never depends on what else is in the
 batch. Two kernels of one function: with many heads they are the rows of the products, with few (less than the
 64 rows of a tensor-core tile) the kept entries are the rows and the heads the columns, so that nothing is
-padded. Missing entries (-1) are read as zeros and get probability zero, so that whatever lies in rows nobody
+padded. A third, in Gluon (sparse_mla_gluon.py), takes the place of the first where its shapes fit and it is
+compiled. Missing entries (-1) are read as zeros and get probability zero, so that whatever lies in rows nobody
 selected cannot leak. Definition: reference.sparse_mla. Next: sparse_mla_backward_triton.py, README.md.
 
 Shape letters: N queries, H heads, E entry size = R + P, R latent (value) size, P rotary size, S slots,
@@ -17,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from posttrain.kernels import sparse_mla_gluon
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MAX_HEADS = 128
@@ -32,9 +35,9 @@ class Tiles:
     stages: int = 2
 
 
-FORWARD = Tiles()
-FORWARD_FEW = Tiles(heads=32, warps=4)
-"""Up to 32 heads."""
+MANY = Tiles()
+FEW = Tiles(heads=32, warps=4)
+"""For at most 32 heads."""
 
 
 @triton.jit
@@ -165,20 +168,40 @@ def forward(
     """
     N, H, E = check(q_NHE, entries_SE, slots_NK, value_size)
     K, P = slots_NK.shape[1], E - value_size
-    if tiles is None:
-        tiles = FORWARD if FORWARD_FEW.heads < H else FORWARD_FEW
-    BH = min(tiles.heads, block(H))
     o_NHR = q_NHE.new_empty(N, H, value_size)
     lse_NH = q_NHE.new_empty(N, H, dtype=torch.float32)
-    kernel = _forward_kernel if FORWARD_FEW.heads < BH else _forward_few_kernel
-    if N:
-        kernel[(N * triton.cdiv(H, BH),)](
-            q_NHE, entries_SE, slots_NK, o_NHR, lse_NH, scale, len(entries_SE),
-            H=H, R=value_size, P=P, K=K, BH=BH, BR=block(value_size), BP=block(P), BK=tiles.keys,
-            KB=triton.next_power_of_2(K), G=triton.cdiv(H, BH), INTERPRET=interpreted(), STAGES=tiles.stages,
-            num_warps=tiles.warps,
+    if not N:
+        return o_NHR, lse_NH
+    args = (q_NHE, entries_SE, slots_NK, o_NHR, lse_NH, scale, len(entries_SE))
+    KB = triton.next_power_of_2(K)
+    if tiles is None and fits_gluon(q_NHE, value_size, P):
+        gluon = sparse_mla_gluon
+        gluon.forward_kernel[(N * (H // gluon.TILE),)](
+            *args, H=H, R=value_size, P=P, K=K, KB=max(KB, 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
+            num_warps=gluon.WARPS,
         )  # fmt: skip
+        return o_NHR, lse_NH
+    if tiles is None:
+        tiles = FEW if H <= FEW.heads else MANY
+    BH = min(tiles.heads, block(H))
+    kernel = _forward_few_kernel if BH <= FEW.heads else _forward_kernel
+    kernel[(N * triton.cdiv(H, BH),)](
+        *args, H=H, R=value_size, P=P, K=K, BH=BH, BR=block(value_size), BP=block(P), BK=tiles.keys,
+        KB=KB, G=triton.cdiv(H, BH), INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
+    )  # fmt: skip
     return o_NHR, lse_NH
+
+
+def fits_gluon(q_NHE: Tensor, value_size: int, rotary_size: int) -> bool:
+    """Whether the Gluon kernels take this: they are compiled only, copy 16 bytes at a time and mask no head."""
+    return (
+        not interpreted()
+        and q_NHE.shape[1] in sparse_mla_gluon.HEADS
+        and q_NHE.element_size() == 2
+        and value_size in (256, 512)
+        and rotary_size == 64
+        and torch.cuda.get_device_capability(q_NHE.device)[0] == 9
+    )
 
 
 def check(q_NHE: Tensor, entries_SE: Tensor, slots_NK: Tensor, value_size: int) -> tuple[int, int, int]:

@@ -184,8 +184,8 @@ def _write(
     return found
 
 
-@triton.jit
-def topk_kernel(
+@triton.jit(do_not_specialize=["first_row", "first_key", "work_size"])
+def _topk_kernel(
     keys_ptr, begin_ptr, end_ptr, work_ptr, out_ptr, first_row, first_key, width, work_size,
     K: tl.constexpr, FEW: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -249,7 +249,7 @@ def topk_rows(
     """
     K = out_NK.shape[1]
     warps = shape.warps if rows >= shape.many else 4 * shape.warps
-    topk_kernel[(rows,)](
+    _topk_kernel[(rows,)](
         keys, begin_N, end_N, work, out_NK, first_row, first_key, width, shape.workspace(K, width),
         K=K, FEW=shape.few(K, width), SAMPLE=shape.sample, BLOCK=512 * warps, WORDS=32 * warps, num_warps=warps,
     )  # fmt: skip
