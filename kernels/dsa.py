@@ -1,4 +1,4 @@
-"""DSA with Triton's kernels: selection, sparse attention with the indexer's KL in one backward, decoding.
+"""DSA with Triton's kernels: selection, sparse attention with the indexer's KL in one backward, decoding, the warm-up loss.
 
 Nothing here is as large as queries times keys: a pass keeps q, the entries, the slots, o and the log-sum-exp.
 The KL's target p (the head-mean probabilities over the kept keys) comes for nothing out of the kernel that
@@ -25,6 +25,7 @@ from posttrain.kernels import (
 )
 from posttrain.kernels.index_topk_triton import Ranges
 from posttrain.kernels.pages import Pages
+from posttrain.kernels.warmup_kl_triton import Attention, warmup_kl
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,33 @@ def attend(
     indexer = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
     o_THR, loss = _Attend.apply(q_THE, entries_SE, slots_TK, *indexer, value, *settings)
     return o_THR, Kl(loss, value)
+
+
+def warmup_loss(index: Index, attention: Attention, ranges: Ranges) -> Tensor:
+    """The indexer's warm-up loss, fp32 scalar: sum over queries of D_KL(p || softmax I) over all keys (V3.2-Exp Eq. 3).
+
+    p is the head-mean of the attention, which gets no gradient; q, k and w of the index do. The bits are always
+    the same. Raises ValueError for what does not fit.
+    """
+    parts = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
+    loss: Tensor = _WarmupLoss.apply(*parts, attention, ranges)
+    return loss
+
+
+class _WarmupLoss(torch.autograd.Function):
+    """Makes the gradients in the forward pass: kept, they are smaller than the attention they come from."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        q_TJI, k_SI, w_TJ, attention, ranges = args
+        kl_T, *grads = warmup_kl(attention, q_TJI, k_SI, w_TJ, ranges, w_TJ.new_ones(len(w_TJ)))
+        parts = zip(grads, (q_TJI, k_SI, w_TJ), strict=True)
+        ctx.save_for_backward(*(grad.to(x.dtype) for grad, x in parts))
+        return kl_T.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *(grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None
 
 
 class _Attend(torch.autograd.Function):

@@ -54,13 +54,15 @@ class DsaAttention(hf.DeepseekV32Attention):
         if sparse or warmup:
             with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
                 index = self.indexer(x_TD, latent_TC, rope)
-        on_grid = warmup or context.diagnose or (sparse and not triton)
+        on_grid = context.diagnose or ((sparse or warmup) and not triton)
         if on_grid:
             assert sparse or warmup, "diagnosis needs the indexer"
             scores_BQL = self._index_scores(index, context)
             absorbed_THE = torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1)
-        if warmup or context.diagnose:
+        if on_grid and (warmup or context.diagnose):
             self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
+        elif warmup:
+            self._warmup_by_triton(q_nope_THN, q_rot_THP, entries_TE, index, context)
         if sparse and triton:
             rows = _Rows(q_nope_THN, q_rot_THP, index[0], index[2] * self.indexer.head_dim**-0.5)
             o_THV = self._sparse_by_triton(rows, entries_TE, index[1], context)
@@ -106,6 +108,32 @@ class DsaAttention(hf.DeepseekV32Attention):
     def _values(self, o_THR: Tensor) -> Tensor:
         """o = W_UV o^A: [T, H, R] -> [T, H, V]."""
         return torch.bmm(o_THR.transpose(0, 1), self.up_projections()[1].transpose(1, 2)).transpose(0, 1)
+
+    def _warmup_by_triton(
+        self,
+        q_nope_THN: Tensor,
+        q_rot_THP: Tensor,
+        entries_TE: Tensor,
+        index: tuple[Tensor, Tensor, Tensor],
+        context: Context,
+    ) -> None:
+        """Warm-up loss over all causal keys (Eq. 3) without a grid; the attention, which gives p, is multi-head."""
+        from posttrain.kernels import dsa, warmup_kl_triton  # triton exists on Linux only
+        from posttrain.kernels.dense_probs_triton import attention_lse
+
+        ranges = context.plan(self.index_topk, dense_rows=False).ranges
+        assert ranges is not None, "no rows"
+        with torch.no_grad():
+            latent_TR, k_rot_TP = entries_TE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            kv_TH = self.kv_b_proj(latent_TR).unflatten(-1, (self.num_heads, -1))
+            q_THE = torch.cat((q_nope_THN, q_rot_THP), dim=-1)
+            keys = (kv_TH[..., : self.qk_nope_head_dim], k_rot_TP.contiguous())
+            lse_TH = attention_lse(q_THE, *keys, ranges, self.scaling)
+        attention = warmup_kl_triton.Attention(q_THE, *keys, lse_TH, self.scaling)
+        weights_TJ = index[2] * self.indexer.head_dim**-0.5
+        record = context.record(self.layer_idx)
+        record.kl = dsa.warmup_loss(dsa.Index(index[0], index[1], weights_TJ), attention, ranges)
+        record.kl_value = record.kl.detach()
 
     def _sparse_by_triton(
         self, rows: "_Rows", entries_TE: Tensor, k_index_TI: Tensor, context: Context

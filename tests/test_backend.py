@@ -139,6 +139,17 @@ def test_dsa_is_dense_attention_while_everything_fits() -> None:
     _assert_close(_run(model, _context(TRITON)), _run(model, _context(TORCH, attention="dense")))
 
 
+@pytest.mark.slow
+def test_the_indexer_warms_up_as_with_torch() -> None:
+    model = _model()
+    wanted, ours = (
+        _run(model, _context(chosen, [9, 1, 12], attention="dense", indexer_loss="dense"))
+        for chosen in (TORCH, TRITON)
+    )
+    assert sum(name.startswith("kl/") for name in wanted) == 2 and any(".indexer.wk" in n for n in wanted)
+    _assert_close(ours, wanted)
+
+
 def test_without_gradients_there_is_no_kl() -> None:
     model, tokens = _model(num_hidden_layers=1), tiny.tokens(12).to(DEVICE)
     by_triton = _context(TRITON, [9, 3], indexer_loss="sparse")
