@@ -55,8 +55,12 @@ def main(names: list[str]) -> None:
         seconds = time.perf_counter() - start
         for kernel in {k.hash: k for k in compiled}.values():
             row = {"triton": triton.__version__, "row": name, "kernel": kernel.name}
-            row |= {"allowed": LAUNCHES[name].spill.get(kernel.name, 0)}
-            row |= {"shared": kernel.metadata.shared, "seconds": seconds, **_usage(kernel.asm["cubin"])}
+            row |= {
+                "allowed": LAUNCHES[name].spill,
+                "shared": kernel.metadata.shared,
+                "seconds": seconds,
+                **_usage(kernel.asm["cubin"]),
+            }
             print(json.dumps(row), flush=True)
 
 

@@ -5,34 +5,40 @@ kept keys); compile_worker.py compiles what it launches and launches nothing. Ad
 dtype. Imports Triton's kernels, so only the worker imports this.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from posttrain.kernels import (
+    dense_probs_triton,
     dsa,
+    fp8_triton,
     index_topk_triton,
     indexer_kl_triton,
     sparse_mla_backward_triton,
     sparse_mla_triton,
+    warmup_kl_triton,
 )
 from posttrain.kernels.index_topk_triton import key_ranges
 from posttrain.kernels.pages import Pages
 
 KEPT = 2048
 LATENT, ROTARY = 512, 64
+OWN, VALUE = 128, 128
+"""A head's own part and its value, in multi-head form."""
 INDEX_HEADS, INDEX_SIZE = 64, 128
 QUERIES, SLOTS = 16, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One call, and the bytes per thread that its kernels may spill from registers, by kernel (others: 0)."""
+    """One call."""
 
     call: Callable[[], object]
-    spill: Mapping[str, int] = field(default_factory=dict)
+    spill: int = 16
+    """Bytes per thread that any of its kernels may keep on the stack: registers that did not suffice."""
 
 
 def _bf16(*shape: int) -> Tensor:
@@ -71,6 +77,23 @@ def _indexer_kl(*, deterministic: bool) -> None:
     indexer_kl_triton.indexer_kl(*_index(), _slots(), p, weight, deterministic=deterministic)
 
 
+def _warmup(heads: int) -> None:
+    begin = torch.zeros(QUERIES, dtype=torch.int32)
+    ranges = key_ranges(begin, begin + SLOTS, "cpu")
+    q, kv, k_rot = _bf16(QUERIES, heads, OWN + ROTARY), _bf16(SLOTS, heads, OWN + VALUE), _bf16(SLOTS, ROTARY)
+    keys = (kv[..., :OWN], k_rot)
+    lse = dense_probs_triton.attention_lse(q, *keys, ranges, 0.1)
+    attention = warmup_kl_triton.Attention(q, *keys, lse, 0.1)
+    warmup_kl_triton.warmup_kl(attention, *_index(), ranges, torch.zeros(QUERIES))
+
+
+def _quantized_topk() -> None:
+    q, k, w = _index()
+    (q, _), (k, scale) = (fp8_triton.quantize_e4m3(x) for x in (q, k))
+    begin = torch.zeros(QUERIES, dtype=torch.int32)
+    index_topk_triton.topk(q, k, w, key_ranges(begin, begin + SLOTS, "cpu"), KEPT, k_scale_S=scale)
+
+
 def _pages() -> Pages:
     pool = _bf16(QUERIES * 64, 64, LATENT + ROTARY + INDEX_SIZE)
     table = torch.zeros(QUERIES, 64, dtype=torch.int32)
@@ -99,7 +122,9 @@ LAUNCHES: dict[str, Launch] = {
         f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new))
         for h, new in ((128, 1), (64, 2), (16, 1))
     },
-    "index scores and top-k": Launch(call=_topk, spill={"_topk_kernel": 16}),
-    "indexer KL": Launch(call=lambda: _indexer_kl(deterministic=False), spill={"_kernel": 64}),
-    "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True), spill={"_kernel": 400}),
+    "index scores and top-k": Launch(call=_topk),
+    "e4m3 scores and top-k": Launch(call=_quantized_topk),
+    "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),
+    "indexer KL": Launch(call=lambda: _indexer_kl(deterministic=False)),
+    "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True)),
 }
