@@ -107,6 +107,19 @@ def _decode(heads: int, new: int) -> None:
     dsa.decode(q, q_index, w, _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
 
 
+def _in_fp32() -> None:
+    """A small model in fp32: every product in three TF32 products."""
+    q, kv = torch.zeros(QUERIES, 4, 64), torch.zeros(SLOTS, 64)
+    o, lse = torch.zeros(QUERIES, 4, 48), torch.zeros(QUERIES, 4)
+    slots, begin = torch.zeros(QUERIES, 64, dtype=torch.int32), torch.zeros(QUERIES, dtype=torch.int32)
+    index = torch.zeros(QUERIES, 4, 32), torch.zeros(SLOTS, 32), torch.zeros(QUERIES, 4)
+    sparse_mla_triton.forward(q, kv, slots, 0.1, 48)
+    sparse_mla_backward_triton.backward(q, kv, slots, o, lse, o, 0.1, deterministic=False, with_target=True)
+    index_topk_triton.topk(*index, key_ranges(begin, begin + SLOTS, "cpu"), 64)
+    p, weight = torch.zeros(QUERIES, 64), torch.zeros(QUERIES)
+    indexer_kl_triton.indexer_kl(*index, slots, p, weight, deterministic=False)
+
+
 LAUNCHES: dict[str, Launch] = {
     **{f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h)) for h in (128, 64, 16)},
     **{
@@ -125,6 +138,7 @@ LAUNCHES: dict[str, Launch] = {
     "index scores and top-k": Launch(call=_topk),
     "e4m3 scores and top-k": Launch(call=_quantized_topk),
     "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),
+    "all of a small model in fp32": Launch(call=_in_fp32),
     "indexer KL": Launch(call=lambda: _indexer_kl(deterministic=False)),
     "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True)),
 }
