@@ -193,6 +193,7 @@ class _LearnerActor:
 
         self._learner = None  # the old model goes before the next one comes
         torch.use_deterministic_algorithms(setup.deterministic)  # what is not ours: index_add, SDPA, ...
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every buffer
         self._learner = Learner(setup)
         return str(self._learner.backend)
 
