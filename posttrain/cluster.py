@@ -193,7 +193,8 @@ class _LearnerActor:
 
         self._learner = None  # the old model goes before the next one comes
         torch.use_deterministic_algorithms(setup.deterministic)  # what is not ours: index_add, SDPA, ...
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every buffer
+        # Its other effect would be a pass over every new buffer.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._learner = Learner(setup)
         return str(self._learner.backend)
 
