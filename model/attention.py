@@ -50,30 +50,28 @@ class DsaAttention(hf.DeepseekV32Attention):
         entries_TE = torch.cat((self.kv_a_layernorm(kv_TR), rotate(k_rot_TP, rope)), dim=-1)
         q_rot_THP = rotate(q_rot_THP, rope)
         sparse, warmup = context.attention == "sparse", context.indexer_loss == "dense"
-        triton = context.backend.name == "triton"
+        by_triton = context.backend.name == "triton"
         if sparse or warmup:
             with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
-                index = self.indexer(x_TD, latent_TC, rope)
-        on_grid = context.diagnose or ((sparse or warmup) and not triton)
-        if on_grid:
-            assert sparse or warmup, "diagnosis needs the indexer"
-            scores_BQL = self._index_scores(index, context)
+                q_index_TJI, k_index_TI, w_TJ = self.indexer(x_TD, latent_TC, rope)
+        if by_triton and (sparse or warmup):
+            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ * self.indexer.head_dim**-0.5)
+        if context.diagnose or ((sparse or warmup) and not by_triton):
+            scores_BQL = self._index_scores(q_index_TJI, k_index_TI, w_TJ, context)
             absorbed_THE = torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1)
-        if on_grid and (warmup or context.diagnose):
-            self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
+            if warmup or context.diagnose:
+                self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
         elif warmup:
-            self._warmup_by_triton(q_nope_THN, q_rot_THP, entries_TE, index, context)
-        if sparse and triton:
-            rows = _Rows(q_nope_THN, q_rot_THP, index[0], index[2] * self.indexer.head_dim**-0.5)
-            o_THV = self._sparse_by_triton(rows, entries_TE, index[1], context)
-        elif sparse:
-            o_THV = self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
-        else:
+            self._warmup_by_triton(rows, entries_TE, k_index_TI, context)
+        if not sparse:
             o_THV = self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
+        elif by_triton:
+            o_THV = self._sparse_by_triton(rows, entries_TE, k_index_TI, context)
+        else:
+            o_THV = self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
         return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
 
-    def _index_scores(self, index: tuple[Tensor, Tensor, Tensor], context: Context) -> Tensor:
-        q_TJI, k_TI, w_TJ = index
+    def _index_scores(self, q_TJI: Tensor, k_TI: Tensor, w_TJ: Tensor, context: Context) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
             k_BLI = context.keys(self.layer_idx, "index", k_TI)
             return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
@@ -110,29 +108,24 @@ class DsaAttention(hf.DeepseekV32Attention):
         return torch.bmm(o_THR.transpose(0, 1), self.up_projections()[1].transpose(1, 2)).transpose(0, 1)
 
     def _warmup_by_triton(
-        self,
-        q_nope_THN: Tensor,
-        q_rot_THP: Tensor,
-        entries_TE: Tensor,
-        index: tuple[Tensor, Tensor, Tensor],
-        context: Context,
+        self, rows: "_Rows", entries_TE: Tensor, k_index_TI: Tensor, context: Context
     ) -> None:
         """Warm-up loss over all causal keys (Eq. 3) without a grid; the attention, which gives p, is multi-head."""
         from posttrain.kernels import dsa, warmup_kl_triton  # triton exists on Linux only
         from posttrain.kernels.dense_probs_triton import attention_lse
 
-        ranges = context.plan(self.index_topk, dense_rows=False).ranges
+        ranges = context.plan(0).ranges
         assert ranges is not None, "no rows"
         with torch.no_grad():
             latent_TR, k_rot_TP = entries_TE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             kv_TH = self.kv_b_proj(latent_TR).unflatten(-1, (self.num_heads, -1))
-            q_THE = torch.cat((q_nope_THN, q_rot_THP), dim=-1)
+            q_THE = torch.cat((rows.q_nope_THN, rows.q_rot_THP), dim=-1)
             keys = (kv_TH[..., : self.qk_nope_head_dim], k_rot_TP.contiguous())
             lse_TH = attention_lse(q_THE, *keys, ranges, self.scaling)
         attention = warmup_kl_triton.Attention(q_THE, *keys, lse_TH, self.scaling)
-        weights_TJ = index[2] * self.indexer.head_dim**-0.5
         record = context.record(self.layer_idx)
-        record.kl = dsa.warmup_loss(dsa.Index(index[0], index[1], weights_TJ), attention, ranges)
+        index = dsa.Index(rows.q_index_TJI, k_index_TI, rows.w_TJ)
+        record.kl = dsa.warmup_loss(index, attention, ranges)
         record.kl_value = record.kl.detach()
 
     def _sparse_by_triton(
@@ -144,7 +137,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         pages = context.pages(self.layer_idx)
         if pages is not None:
             return self._decode(rows, pages, context)
-        plan = context.plan(self.index_topk, dense_rows=_has_dense_rows(context))
+        plan = context.plan(self.index_topk if _has_dense_rows(context) else 0)
         ranges, split = plan.ranges, plan.split
         if split is None:
             assert ranges is not None, "no rows"

@@ -78,8 +78,8 @@ class Context(Protocol):
         """Kept key positions of each query's document as slots, [T, K]; -1 stays."""
         ...
 
-    def plan(self, topk: int, *, dense_rows: bool) -> "Plan":
-        """Which rows go where under the Triton backend; made once per pass, with the first layer's arguments."""
+    def plan(self, num_early: int) -> "Plan":
+        """Which rows go where under the Triton backend: the first num_early of each document dense; made once."""
         ...
 
     def pages(self, layer: int) -> Pages | None:
@@ -135,7 +135,7 @@ class _Base:
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     _mask: Tensor | None = None
-    _plan: Plan | None = None
+    _plans: dict[int, Plan] = field(default_factory=dict)
 
     def mask(self) -> Tensor:
         if self._mask is None:
@@ -185,12 +185,12 @@ class PackedContext(_Base):
     def slots(self, kept_BQK: Tensor) -> Tensor:
         return self.flat(_shift(kept_BQK, self.cu_seqlens_S[:-1]))
 
-    def plan(self, topk: int, *, dense_rows: bool) -> Plan:
-        if self._plan is None:
+    def plan(self, num_early: int) -> Plan:
+        if num_early not in self._plans:
             starts = self.cu_seqlens_S.tolist()
-            device = self.cu_seqlens_S.device
-            self._plan = _plan(starts[:-1], np.diff(starts).tolist(), topk if dense_rows else 0, device)
-        return self._plan
+            lengths = np.diff(starts).tolist()
+            self._plans[num_early] = _plan(starts[:-1], lengths, num_early, self.cu_seqlens_S.device)
+        return self._plans[num_early]
 
     def pages(self, layer: int) -> None:
         return None
@@ -253,13 +253,13 @@ class StaticContext(_Base):
     def slots(self, kept_BQK: Tensor) -> Tensor:
         return self.flat(_shift(kept_BQK, self._starts_B))
 
-    def plan(self, topk: int, *, dense_rows: bool) -> Plan:
+    def plan(self, num_early: int) -> Plan:
         assert self.pages(0) is None, "documents start in an earlier pass"
-        if self._plan is None:
+        if num_early not in self._plans:
             rows, width = self.query_positions_BQ.shape
             starts = [row * self.cache.length for row in range(rows)]
-            self._plan = _plan(starts, [width] * rows, topk if dense_rows else 0, self.positions_T.device)
-        return self._plan
+            self._plans[num_early] = _plan(starts, [width] * rows, num_early, self.positions_T.device)
+        return self._plans[num_early]
 
     def pages(self, layer: int) -> Pages | None:
         if self.query_positions_BQ.shape[1] == self.num_keys:
