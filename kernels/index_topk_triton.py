@@ -47,6 +47,10 @@ class Shape:
     lanes: int = 2
     """Chunks under way: the selection of one runs beside the scores of the next."""
 
+    def together(self, heads: int) -> int:
+        """Queries of one product."""
+        return min(self.queries, max(1, self.columns // heads))
+
 
 SHAPE = Shape()
 
@@ -130,6 +134,17 @@ def _seen(
     return tl.min(tl.where(sees, row, 0x7FFFFFFF), 0), tl.max(tl.where(sees, row + 1, 0), 0)
 
 
+@triton.jit
+def score_tile(k, q, w, BK: tl.constexpr, QD: tl.constexpr, BJ: tl.constexpr, INTERPRET: tl.constexpr):
+    """Scores [BK, QD] of keys [BK, BI] for QD queries, their heads as rows [QD BJ, BI] of one product.
+
+    Every kernel that selects scores here, with the same shape, so that all find the same bits.
+    """
+    x = dot(k, tl.trans(q), INTERPRET)
+    part = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
+    return tl.sum(tl.reshape(part, [BK, QD, BJ]), 2)
+
+
 @triton.jit(do_not_specialize=["first_row", "rows", "first_key", "num_keys"])
 def _scores_kernel(
     q_ptr, k_ptr, w_ptr, k_scale_ptr, keys_ptr, begin_ptr, end_ptr,
@@ -159,9 +174,7 @@ def _scores_kernel(
             q_at = head * I + (nth * J + j)[:, None] * I + i[None, :]
             q = tl.load(q_ptr + q_at, mask=mask, other=0.0)
             w = tl.load(w_ptr + head + nth * J + j, mask=inside, other=0.0)
-            x = dot(k, tl.trans(q), INTERPRET)
-            part = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
-            score = tl.sum(tl.reshape(part, [BK, QD, BJ]), 2)
+            score = score_tile(k, q, w, BK, QD, BJ, INTERPRET)
             if SCALED:
                 score *= k_scale[:, None]
             out_at = (local + n).to(tl.int64)[None, :] * width + at[:, None]
@@ -215,7 +228,7 @@ def _write_scores(
         q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, out, ranges.begin_N, ranges.end_N,
         chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
         J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
-        BQ=shape.queries, QD=min(shape.queries, max(1, shape.columns // BJ)),
+        BQ=shape.queries, QD=shape.together(BJ),
         SCALED=k_scale_S is not None, INTERPRET=interpreted(),
         STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
