@@ -94,7 +94,9 @@ def _consumer(
         valid = row_slots(slots_row, tile * BK, num_slots, -1, K, BK, columns) >= 0
         mbarrier.wait(full.index(buffer), tile // 2 % 2)
         fence_async_shared()
-        logits = warpgroup_mma(q_smem, k_smem.index(buffer).permute((1, 0)), zero, use_acc=False, is_async=True)
+        logits = warpgroup_mma(
+            q_smem, k_smem.index(buffer).permute((1, 0)), zero, use_acc=False, is_async=True
+        )
         logits = warpgroup_mma(q_rot_smem, k_rot_smem.index(buffer).permute((1, 0)), logits, is_async=True)
         logits = warpgroup_mma_wait(0, deps=[logits])
         logits = gl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))

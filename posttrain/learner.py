@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain import config, logprob, loss
+from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
 from posttrain.model.moe import update_bias
@@ -49,6 +50,8 @@ class Setup:
     """Keep a frozen copy of the starting policy for the KL."""
     device: str = "cpu"
     dtype: str = "float32"
+    backend: Choice = "auto"
+    deterministic: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ class Learner:
         dtype = getattr(torch, setup.dtype)
         self.model = checkpoint.load(setup.checkpoint, dtype=dtype, device=setup.device)
         self.model.train()
+        self.backend = self.model.backend(setup.backend, deterministic=setup.deterministic)
         self.reference = deepcopy(self.model).requires_grad_(False) if setup.reference else None
         self.optimizers = Optimizers(
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
@@ -166,6 +170,7 @@ class Learner:
             for mode in ("dense", "sparse"):
                 context = PackedContext(
                     attention=mode,
+                    backend=self.backend,
                     indexer_loss="dense" if mode == "dense" else "none",
                     diagnose=mode == "sparse",
                     cu_seqlens_S=tensors.cu_seqlens_S,
@@ -174,8 +179,8 @@ class Learner:
                 long_M = context.positions_T[tensors.at_M] >= topk
                 sums[f"lm_loss_{mode}"] -= float(logp_M[long_M].sum())
                 for layer, record in context.records.items():
-                    if record.kl is not None:
-                        kl[layer] += float(record.kl)
+                    if record.kl_value is not None:
+                        kl[layer] += float(record.kl_value)
                     if record.recall is not None:
                         recall[layer] += record.recall.cpu()
                     if record.load_X is not None and mode == "sparse":
@@ -216,6 +221,7 @@ class Learner:
         """The one way to run a batch: policy, old policy and reference replay the same choices."""
         context = PackedContext(
             attention=self.setup.attention,
+            backend=self.backend,
             indexer_loss=indexer_loss,
             cu_seqlens_S=tensors.cu_seqlens_S,
         )
@@ -323,13 +329,14 @@ class Learner:
         sums["loss"] += value
         if not math.isfinite(value):
             self._nonfinite_ids.extend(batch.ids)
-        kls = [(n, r.kl) for n, r in sorted(context.records.items()) if r.kl is not None]
-        for layer, kl in kls:
-            # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
-            total = total + kl * share
-            sums[f"indexer_kl/{layer}"] += float(kl.detach()) * share
+        for _, record in sorted(context.records.items()):
+            if record.kl is not None:
+                # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
+                total = total + record.kl * share
         total.backward()
-        for layer, record in context.records.items():
+        for layer, record in sorted(context.records.items()):
+            if record.kl_value is not None:  # known only now
+                sums[f"indexer_kl/{layer}"] += float(record.kl_value) * share
             if record.load_X is not None:
                 self._load[layer] = self._load.get(layer, 0) + record.load_X
 
