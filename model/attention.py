@@ -253,9 +253,8 @@ class _Rows:
     """Positions in the document to keep instead of the indexer's choice."""
 
     def select(self, at: Tensor) -> "_Rows":
-        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ)
-        kept = None if self.kept_TK is None else self.kept_TK.index_select(0, at)
-        return _Rows(*(part.index_select(0, at) for part in parts), kept)
+        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ, self.kept_TK)
+        return _Rows(*(part if part is None else part.index_select(0, at) for part in parts))  # type: ignore[arg-type]  # only kept_TK may be None
 
 
 def _has_dense_rows(context: Context) -> bool:
