@@ -69,7 +69,8 @@ class Bubblewrap:
         self._limits, self._uses = limits or Limits(), uses
         start = command(self._limits, packages, _BOOT)
         self._keeper = _Keeper(start, _boot(preload, packages=bool(packages)), warm=warm)
-        outcome = self.run(Program(source="import os; os.waitpid(os.fork() or os._exit(0), 0)"))
+        test = Program(source="import os; os.waitpid(os.fork() or os._exit(0), 0)")
+        outcome = self.run(test, Limits(disk_bytes=self._limits.disk_bytes))
         if outcome.status != "ok":
             self.close()
             raise SandboxMissing(_why(outcome))

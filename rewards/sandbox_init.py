@@ -207,15 +207,15 @@ class _Program:
             "seconds": time.monotonic() - self._began,
             "cpu_s": _cpu_of_the_dead() - self._cpu_before,
             "denied": self._denied,
-            "files": bool(os.listdir(WORK)),
+            "files": _is_used(WORK),
         }
         return header, [bytes(taken[:limit]) for taken in self._taken.values()]
 
     def _feed(self) -> bool:
+        """Write to the program's stdin; False when all is written or nobody reads."""
         try:
-            self._stdin = (
-                self._stdin[os.write(self._in, self._stdin[:65536]) :] if self._stdin else self._stdin
-            )
+            if self._stdin:
+                self._stdin = self._stdin[os.write(self._in, self._stdin[:65536]) :]
         except BlockingIOError:
             return True
         except BrokenPipeError:
@@ -259,6 +259,14 @@ class _Program:
             self._stopped = "memory"
         elif max(used, files * BLOCK) > self._limits["disk_bytes"]:
             self._stopped = "disk"
+
+
+def _is_used(folder: str) -> bool:
+    """Whether a folder holds anything, or can no longer be read."""
+    try:
+        return bool(os.listdir(folder))
+    except OSError:
+        return True
 
 
 def _kill_everything() -> dict[int, int]:

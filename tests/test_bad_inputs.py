@@ -274,6 +274,7 @@ PROGRAMS = [
         says="\ufffd\ufffd\x00",
         check=lambda o: o.value == "\ud800\x00\u202e" + "\u0301" * 1000,
     ),
+    Bad(19, "folder that nobody can read", "import os; os.chmod('/w', 0)", "ok"),
     Bad(30, "source that is no text", "x = '\ud800'", "nonzero", says="surrogates not allowed"),
     Bad(30, "source with NUL", "x = '\x00'", "nonzero", says="null bytes"),
     Bad(
