@@ -24,7 +24,8 @@ from typing import Any
 RunSource = Callable[[str, dict[str, Any] | None], int]
 TICK_S = 0.05
 """How often memory, CPU time and disk of a running program are looked at."""
-BLOCK = 4096
+BYTES_PER_FILE = 4096
+"""Every file counts at least this much of the disk limit, also an empty one."""
 WORK = "/w"
 _NOTIFY_RECEIVE, _NOTIFY_SEND = 0xC0502100, 0xC0182101
 _NOTIFICATION, _NOTIFICATION_ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct("=QqiI")
@@ -257,7 +258,7 @@ class _Program:
             self._stopped = "timeout"
         elif resident > self._limits["memory_bytes"]:
             self._stopped = "memory"
-        elif max(used, files * BLOCK) > self._limits["disk_bytes"]:
+        elif max(used, files * BYTES_PER_FILE) > self._limits["disk_bytes"]:
             self._stopped = "disk"
 
 
@@ -297,7 +298,7 @@ def _usage_of_the_living() -> tuple[float, int]:
                 fields = file.read().rpartition(b")")[2].split()
                 ticks += sum(map(int, fields[11:15]))
                 pages += int(fields[21])
-    return ticks / os.sysconf("SC_CLK_TCK"), pages * BLOCK
+    return ticks / os.sysconf("SC_CLK_TCK"), pages * resource.getpagesize()
 
 
 # ---- the program's own process ----
