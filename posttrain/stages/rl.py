@@ -20,9 +20,10 @@ from posttrain.domains import Domain, open_domains
 from posttrain.job import Job, Result
 from posttrain.learner import Setup
 from posttrain.model.checkpoint import attention_of
+from posttrain.rewards.scorer import score_all
 from posttrain.rollout_file import Row
 from posttrain.rollouts.pool import Pool
-from posttrain.schema import Batch, Group, Sample, Task
+from posttrain.schema import Batch, Group, Sample, Score, Task
 
 _NO_SIGNAL = "filtered: no signal"
 _UNSCORABLE = "failed: unscorable"
@@ -41,6 +42,7 @@ def run(stage: config.Rl, job: Job) -> Result:
     ):
         for step in range(stage.steps):
             figures, skipped = _step(stage, job, step, order, learner, pool)
+            figures["quarantined"] = float(sum(len(d.rewards.quarantined) for d in domains.values()))
             tokens += int(figures["tokens"])
             job.metrics.log(step, figures | ({"skipped_ids": " ".join(skipped)} if skipped else {}))
             _warn(stage, job, step, figures)
@@ -90,6 +92,7 @@ def _step(
         fresh = _groups(stage, job, order.more(empty), pool, times)
         groups = groups + fresh
     rows = [row for group in groups for row in group]
+    _check_scores(stage, step, rows)
     began = time.monotonic()
     best = sorted(groups, key=lambda group: not _has_signal(group))[: stage.tasks_per_step]
     figures, skipped = _train(stage, job, best, learner)
@@ -132,16 +135,16 @@ def _groups(
     settings = generation.sampling(job.cfg.rollouts, stage.keep)
     groups = generation.generate(pool, plans, settings, job.ledger)
     generated = time.monotonic()
-    judged = [_judge(stage, plan, group) for plan, group in zip(plans, groups, strict=True)]
+    scores = score_all([(p.domain.rewards, g.task, g.rollouts) for p, g in zip(plans, groups, strict=True)])
+    judged = [_judge(stage, *found) for found in zip(plans, groups, scores, strict=True)]
     job.ledger.scored([row.id for rows in judged for row in rows])
     times["generate_s"] += generated - began
     times["score_s"] += time.monotonic() - generated
     return judged
 
 
-def _judge(stage: config.Rl, plan: generation.GroupPlan, group: Group) -> list[Row]:
-    """Score a group and decide what happens to each completion."""
-    scores = plan.domain.rewards.score(group.task, group.rollouts)
+def _judge(stage: config.Rl, plan: generation.GroupPlan, group: Group, scores: Sequence[Score]) -> list[Row]:
+    """Decide what happens to each completion of a group."""
     rows = [
         Row(id=id, task=group.task, rollout=rollout, score=score)
         for id, rollout, score in zip(plan.ids, group.rollouts, scores, strict=True)
@@ -150,8 +153,9 @@ def _judge(stage: config.Rl, plan: generation.GroupPlan, group: Group) -> list[R
     judged = []
     for row, request in zip(rows, plan.requests, strict=True):
         if row.score.value is not None:
-            length = row.rollout.num_sampled
-            penalty = overlong_penalty(length, budget=request.max_new_tokens, buffer=buffer)
+            tokens, sampled = row.rollout.tokens, row.rollout.sampled
+            used = len(tokens) - int(sampled.argmax())  # tool results count in the budget
+            penalty = overlong_penalty(used, budget=request.max_new_tokens, buffer=buffer)
             judged.append((row, row.score.value + penalty))
     found = advantages([value for _, value in judged], divide_by_std=stage.loss.divide_by_std)
     for row in rows:
@@ -164,6 +168,16 @@ def _judge(stage: config.Rl, plan: generation.GroupPlan, group: Group) -> list[R
 
 def _has_signal(group: Sequence[Row]) -> bool:
     return any(row.advantage is not None for row in group)
+
+
+def _check_scores(stage: config.Rl, step: int, rows: Sequence[Row]) -> None:
+    """ValueError if too much cannot be scored to go on."""
+    unscorable = [row for row in rows if row.score.value is None]
+    if len(unscorable) > stage.max_unscorable * len(rows):
+        raise ValueError(
+            f"{stage.name}: step {step}: {len(unscorable)} of {len(rows)} completions could not be scored "
+            f"(max_unscorable {stage.max_unscorable:.0%}); one of them: {unscorable[0].score.note}"
+        )
 
 
 def _train(
@@ -270,6 +284,7 @@ def _rollout_figures(groups: Sequence[list[Row]]) -> dict[str, float]:
         "mean_tokens": float(np.mean([row.rollout.num_sampled for row in rows])),
         "cut_short": float(np.mean([row.rollout.stop == "length" for row in rows])),
         "unscorable": float(sum(row.score.value is None for row in rows)),
+        "blamed": float(sum(row.score.blamed for row in rows)),
     }
 
 
@@ -286,8 +301,8 @@ def _warn(stage: config.Rl, job: Job, step: int, figures: dict[str, float]) -> N
         )
     if figures["unscorable"]:
         job.metrics.say(
-            f"{stage.name}: step {step}: {figures['unscorable']:.0f} completions could not be scored; "
-            "the notes are in rollouts/"
+            f"{stage.name}: step {step}: {figures['unscorable']:.0f} completions could not be scored, "
+            f"{figures['quarantined']:.0f} tasks are quarantined; the notes are in rollouts/"
         )
 
 
