@@ -224,6 +224,51 @@ def test_entropy_bonus_lowers_the_loss_by_its_weight() -> None:
     assert figures["entropy"].item() == pytest.approx(3.0)
 
 
+def test_a_step_is_the_papers_objective() -> None:
+    """V3.2 Eq. 5 to 9 as nested sums over groups, completions and tokens, in plain numbers."""
+    rng = np.random.default_rng(3)
+    lengths = [[3, 5], [2, 4, 1]]  # two tasks with 2 and 3 completions
+    rewards = [[1.0, 0.0], [0.0, 0.25, 1.0]]
+    eps, beta, delta = 0.2, 0.3, 0.1
+    logs = [[rng.normal(-1, 0.4, (3, n)) for n in row] for row in lengths]
+    objective, masked = 0.0, 0
+    for group, reward in zip(logs, rewards, strict=True):
+        mean = sum(reward) / len(reward)
+        for (pi, old, ref), r in zip(group, reward, strict=True):
+            advantage, num = r - mean, len(pi)  # Eq. 5: no standard deviation
+            drift = sum(old[t] - pi[t] for t in range(num)) / num
+            keep = 0 if advantage < 0 and drift > delta else 1  # Eq. 9
+            masked += num * (1 - keep)
+            for t in range(num):
+                ratio = math.exp(pi[t] - old[t])
+                clipped = min(max(ratio, 1 - eps), 1 + eps)
+                policy = min(ratio * advantage, clipped * advantage) * keep  # Eq. 5 and 8
+                kl = ratio * (math.exp(ref[t] - pi[t]) - (ref[t] - pi[t]) - 1)  # Eq. 7
+                objective += (policy - beta * kl) / (len(lengths) * len(reward) * num)
+    samples = [
+        tiny.sample(f"{i}/{j}", 2 * n, group_size=len(row), advantage=found[j])
+        for i, (row, reward) in enumerate(zip(lengths, rewards, strict=True))
+        for found in [advantages(reward)]
+        if found is not None
+        for j, n in enumerate(row)
+    ]
+    weights = packing.token_weights(samples, "sequence", num_groups=2)
+    sizes = torch.tensor([int(s.mask.sum()) for s in samples])
+    every = torch.from_numpy(np.concatenate([part for group in logs for part in group], axis=1))
+    value, figures = _loss(
+        every[0],
+        {"clip": eps, "offpolicy_delta": delta},
+        old=every[1],
+        ref_M=every[2],
+        kl_coef_M=torch.full((int(sizes.sum()),), beta, dtype=F64),
+        advantage_M=_f64(*(s.advantage for s in samples)).repeat_interleave(sizes),
+        weight_M=_f64(*weights).repeat_interleave(sizes),
+        sequence_M=torch.arange(len(samples)).repeat_interleave(sizes),
+    )
+    assert 0 < masked < sizes.sum() and figures["offpolicy_masked"] == masked
+    assert value.item() == pytest.approx(-objective, rel=1e-12)
+
+
 TRL: dict[str, tuple[dict[str, Any], float, str, float, list[float]]] = {
     "grpo": (
         {},

@@ -223,9 +223,14 @@ def test_kept_choices_travel_from_the_engine_to_the_learner(tmp_path: Path, poli
     assert gaps[True] < 1e-5 < 0.05 < gaps[False]
 
 
-@pytest.mark.parametrize("name", ["routing", "topk"])
+@pytest.mark.parametrize("name", ["routing", "topk", "sampling_mask"])
 def test_what_the_engine_does_not_record_cannot_be_kept(tmp_path: Path, name: str) -> None:
-    step = _Step(tmp_path, FakeEngine(TOKENIZER), rollouts={"engine": "fake"}, keep={name: True})
+    step = _Step(
+        tmp_path,
+        FakeEngine(TOKENIZER),
+        rollouts={"engine": "fake", "top_p": 0.9},
+        keep={"sampling_mask": False} | {name: True},
+    )
     with pytest.raises(ValueError, match=f"rl: keep.{name}: engine 'fake' has recorded nothing"):
         step.run()
 

@@ -235,9 +235,11 @@ def _batches(stage: config.Rl, job: Job, groups: Sequence[list[Row]]) -> list[Ba
 def _sample(row: Row, group_size: int, stage: config.Rl, cfg: config.Run) -> Sample:
     assert row.advantage is not None, f"{row.id} takes part without an advantage"
     part, rollout = stage.mix[row.task.domain], row.rollout
+    asked = generation.sampling(cfg.rollouts, stage.keep)
     for wanted, recorded, name in (
-        (stage.keep.routing, rollout.experts, "routing"),
-        (stage.keep.topk, rollout.kept, "topk"),
+        (asked.record_experts, rollout.experts, "routing"),
+        (asked.record_kept, rollout.kept, "topk"),
+        (asked.record_mask, rollout.sampling_mask, "sampling_mask"),
     ):
         if wanted and recorded is None:
             raise ValueError(
@@ -256,9 +258,9 @@ def _sample(row: Row, group_size: int, stage: config.Rl, cfg: config.Run) -> Sam
         clip=_clip(stage, part),
         length_budget=part.max_new_tokens or cfg.domain(row.task.domain).max_new_tokens,
         domain=row.task.domain,
-        kept=rollout.kept if stage.keep.topk else None,
-        experts=rollout.experts if stage.keep.routing else None,
-        sampling_mask=rollout.sampling_mask if stage.keep.sampling_mask else None,
+        kept=rollout.kept,
+        experts=rollout.experts,
+        sampling_mask=rollout.sampling_mask,
     )
 
 
