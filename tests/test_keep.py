@@ -94,10 +94,12 @@ def _gap(learner: Learner, batches: list[Batch]) -> float:
     return max(float(np.abs(b.logprobs_T[b.mask_T] - logp_M).max()) for b, logp_M in pairs)
 
 
-def _shake(learner: Learner, name: str) -> None:
-    """Change the parameters whose name contains this."""
+def _shake(learner: Learner, name: str, *, reference: bool = False) -> None:
+    """Change the parameters of the policy, or of its reference, whose name contains this."""
     torch.manual_seed(7)
-    state = learner.model.state_dict()
+    model = learner.reference if reference else learner.model
+    assert model is not None
+    state = model.state_dict()
     with torch.no_grad():
         for key in (key for key in state if name in key):
             state[key] += torch.randn_like(state[key])
@@ -148,17 +150,24 @@ def test_gates_of_replayed_experts_come_from_the_current_router(path: Path, roll
     seen = _watch(learner, ".gate.weight")
     learner.grpo_step(batches, config.Loss(clip=100.0), CUT.temperature)
     assert min(float(gradient.norm()) for gradient in seen.values()) > 0
-    context = learner._context(learner._tensors(batches[0]))
-    with torch.no_grad():
-        learner._logits(learner.model, learner._tensors(batches[0]), context)
     recorded = batches[0].experts_NTE
     assert recorded is not None
     routed_T = recorded[0, :, 0] >= 0
     assert (~routed_T).sum() == len(rollouts), "the last token of each document is routed anew"
-    for experts_TE, layer in zip(recorded, (1, 2), strict=True):
-        used = context.records[layer].experts_TE
-        assert used is not None
-        assert (used.numpy()[routed_T] == experts_TE[routed_T]).all()
+    used, free = _experts(learner, batches[0]), _experts(learner, _batches(rollouts, "topk mask")[0])
+    assert (used[:, routed_T] == recorded[:, routed_T]).all()
+    assert (used[0, ~routed_T] == free[0, ~routed_T]).all(), "equal inputs in the first MoE layer"
+    assert (used[0, routed_T] != free[0, routed_T]).any()
+
+
+def _experts(learner: Learner, batch: Batch) -> np.ndarray[Any, Any]:
+    """[N, T, E] the experts that a pass over the batch uses."""
+    tensors = learner._tensors(batch)
+    context = learner._context(tensors)
+    with torch.no_grad():
+        learner._logits(learner.model, tensors, context)
+    found = [record.experts_TE for _, record in sorted(context.records.items())]
+    return np.stack([experts.numpy() for experts in found if experts is not None])
 
 
 def _watch(learner: Learner, name: str) -> dict[str, torch.Tensor]:
@@ -202,14 +211,17 @@ def test_the_mask_is_what_top_p_left(path: Path, rollouts: list[Rollout]) -> Non
             assert rollout.tokens[at] in sets[at]
 
 
-@pytest.mark.parametrize("keep", ["routing", "topk", "mask"])
-def test_the_reference_replays_the_same_choices(path: Path, rollouts: list[Rollout], keep: str) -> None:
+@pytest.mark.parametrize("of_reference", [False, True], ids=["policy moved", "reference moved"])
+@pytest.mark.parametrize(("keep", "part"), [("routing", "e_score_correction_bias"), ("topk", ".indexer.")])
+def test_the_reference_replays_the_same_choices(
+    path: Path, rollouts: list[Rollout], keep: str, part: str, of_reference: bool
+) -> None:
     """Policy and reference differ only in what chooses: with the choice kept there is no KL left."""
-    part = {"routing": "e_score_correction_bias", "topk": ".indexer.", "mask": "nothing"}[keep]
-    for kept, is_zero in ((f"{keep} mask", True), ("mask", keep == "mask")):
+    for kept, is_zero in ((f"{keep} mask", True), ("mask", False)):
         learner = _learner(path, reference=True)
-        _shake(learner, part)
-        figures, _ = learner.grpo_step(_batches(rollouts, kept), config.Loss(kl="k2"), CUT.temperature)
+        _shake(learner, part, reference=of_reference)
+        batches = _batches(rollouts[:3], kept)
+        figures, _ = learner.grpo_step(batches, config.Loss(kl="k2"), CUT.temperature)
         assert (figures["kl"] < 1e-12) == is_zero
 
 
@@ -317,7 +329,9 @@ def test_packing_puts_the_recordings_of_documents_side_by_side() -> None:
         3,
         kept=kept,
         experts=np.array([[[1, 2], [0, 3]]], np.int16),
-        sampling_mask=SamplingMask(counts=np.array([0, 2, 1], np.int32), ids=np.array([4, 9, 7], np.int32)),
+        sampling_mask=SamplingMask(  # the set of a token that is no target is left out
+            counts=np.array([1, 2, 1], np.int32), ids=np.array([3, 4, 9, 7], np.int32)
+        ),
     )
     second = tiny.sample(
         "b", 2, kept=kept[:, :1, :1], experts=np.array([[[2, 0]]], np.int16), sampling_mask=None
