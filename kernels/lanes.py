@@ -18,9 +18,11 @@ class Lanes:
 
     def __init__(self, device: torch.device, count: int) -> None:
         self._main = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._streams = [torch.cuda.Stream(device) for _ in range(count)] if self._main is not None else []
-        for stream in self._streams:
-            stream.wait_stream(self._main)
+        self._streams: list[torch.cuda.Stream] = []
+        if self._main is not None:
+            self._streams = [torch.cuda.Stream(device) for _ in range(count)]
+            for stream in self._streams:
+                stream.wait_stream(self._main)
 
     @contextmanager
     def lane(self, number: int) -> Iterator[None]:
