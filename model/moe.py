@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 
+from posttrain.kernels.experts import run_experts as run_each
 from posttrain.kernels.pointwise import swiglu
 from posttrain.model.context import Context
 
@@ -64,23 +65,6 @@ def _gate_weights(scores_TX: Tensor, experts_TE: Tensor, gate: hf.DeepseekV32Top
     return weights_TE if gate.routed_scaling_factor == 1 else weights_TE * gate.routed_scaling_factor
 
 
-def run_each(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Weighted sum of each token's experts: (token, expert) pairs sorted by expert, one product per expert.
-
-    gate_up is [X, D, 2 F], down [X, F, D].
-    """
-    expert_S = experts_TE.reshape(-1)
-    order_S = expert_S.argsort(stable=True)
-    load = torch.bincount(expert_S, minlength=len(gate_up)).tolist()
-    outputs = []
-    inputs = x_TD.index_select(0, order_S // experts_TE.shape[1]).split(load)
-    for x, gate_up_DF, down_FD in zip(inputs, gate_up, down, strict=True):
-        gate, up = (x @ gate_up_DF).chunk(2, dim=-1)
-        outputs.append(swiglu(gate, up) @ down_FD)
-    back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=x_TD.device))
-    return _weighted(torch.cat(outputs).index_select(0, back_S), weights_TE)
-
-
 def run_padded(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The same in one batched product over all experts, each padded to the largest load. No gradients."""
     num_experts, (num_tokens, per_token) = len(gate_up), experts_TE.shape
@@ -97,12 +81,6 @@ def run_padded(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Te
     out_SD = torch.bmm(swiglu(gate, up), down).flatten(0, 1)
     out_TED = out_SD.index_select(0, slot_TE.view(-1)).view(num_tokens, per_token, -1)
     return out_TED.mul_(weights_TE.to(out_TED.dtype)[..., None]).sum(1)
-
-
-def _weighted(out_SD: Tensor, weights_TE: Tensor) -> Tensor:
-    """Sum over each token's experts, their outputs one after another."""
-    out_TED = out_SD.view(*weights_TE.shape, -1)
-    return torch.bmm(weights_TE[:, None].to(out_TED.dtype), out_TED)[:, 0]
 
 
 @torch.no_grad()
