@@ -302,6 +302,13 @@ def _lay_out(block: DsaDecoderLayer) -> _Layer:
 
 
 def _lay_out_experts(moe: DsaMoE) -> _Routed:
-    experts = moe.experts
-    matrices = (w.transpose(1, 2).contiguous() for w in (experts.gate_up_proj, experts.down_proj))
-    return _Routed(router=moe.gate, scores=moe.gate.weight.float().t().contiguous(), experts=_Mlp(*matrices))
+    experts = _Mlp(_transposed(moe.experts.gate_up_proj), _transposed(moe.experts.down_proj))
+    return _Routed(router=moe.gate, scores=moe.gate.weight.float().t().contiguous(), experts=experts)
+
+
+def _transposed(matrices: Tensor) -> Tensor:
+    """Contiguous [X, in, out]; one matrix at a time, for which PyTorch has a copy three times as fast."""
+    out = matrices.new_empty(len(matrices), matrices.shape[2], matrices.shape[1])
+    for a, b in zip(out, matrices, strict=True):
+        a.copy_(b.t())
+    return out

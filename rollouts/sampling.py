@@ -28,7 +28,8 @@ def processed_logprobs(logits_BV: Tensor, temperature: float, top_p: float) -> T
 
     Temperature 0 (greedy) leaves the logits as they are: its log-probs are those of temperature 1.
     """
-    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    scaled_BV = logits_BV.float() if temperature in (0.0, 1.0) else logits_BV.float() / temperature
+    logp_BV = torch.log_softmax(scaled_BV, dim=-1)
     if top_p >= 1.0:
         return logp_BV
     ordered_BV, order_BV = logp_BV.sort(dim=-1, descending=True, stable=True)
@@ -45,6 +46,7 @@ def choose(logp_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> Tensor:
         return logp_BV.argmax(-1)
     cumulative_BV = logp_BV.exp().cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
-    token_B = (cumulative_BV <= uniforms_B[:, None] * total_B1).sum(-1)
-    # Rounding may put the target at the very end: fall back to the last token that adds any mass.
-    return torch.minimum(token_B, (cumulative_BV < total_B1).sum(-1))
+    # Rounding may put the target at the very end: stay below, where the last token that adds any mass is found.
+    below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
+    target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, below_B1)
+    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
