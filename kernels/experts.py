@@ -1,8 +1,8 @@
 """Routed experts with a backward of their own: one product per expert and matrix, each written where it belongs.
 
 Rows are (token, expert) pairs sorted by expert. Autograd would cut and join them again at every step; here each
-product goes straight into its part of one tensor, the routing weight multiplies the hidden units, and what is
-cheap is computed again instead of kept. Next: ../model/moe.py.
+product goes straight into its place, the routing weight multiplies the hidden units, and what is cheap is
+computed again instead of kept. Next: ../model/moe.py.
 
 Shape letters: T tokens, D hidden, X experts, E experts chosen per token, S = T E rows, F MLP width.
 """
@@ -28,64 +28,50 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Tensor) -> Tensor:
-        x_TD, experts_TE, weights_TE, gate_up, down = args
+        """Expert by expert, so that the rows of one stay in the cache from its first product to its last."""
+        x_TD, experts_TE, weights_TE, gate_up_XDF, down_XFD = args
         expert_S = experts_TE.reshape(-1)
         order_S = expert_S.argsort(stable=True)
-        token_S = order_S // experts_TE.shape[1]
-        back_S = torch.empty_like(order_S).index_copy_(
-            0, order_S, torch.arange(len(order_S), device=x_TD.device)
-        )
-        ctx.load = torch.bincount(expert_S, minlength=len(gate_up)).tolist()
-        gate_up_SF = _products(x_TD.index_select(0, token_S), gate_up, ctx.load)
-        gate_SF, up_SF = gate_up_SF.chunk(2, dim=-1)
+        every_S = torch.arange(len(order_S), device=x_TD.device)
+        back_S, token_S = torch.empty_like(order_S).index_copy_(0, order_S, every_S), order_S // experts_TE.shape[1]
         weight_S1 = weights_TE.reshape(-1, 1).index_select(0, order_S)
-        out_SD = _products(F.silu(gate_SF).mul_(up_SF).mul_(weight_S1), down, ctx.load)
-        ctx.save_for_backward(x_TD, weight_S1, token_S, back_S, gate_up_SF, gate_up, down)
+        gate_up_SF, out_SD = (x_TD.new_empty(len(order_S), m.shape[2]) for m in (gate_up_XDF, down_XFD))
+        ctx.load = torch.bincount(expert_S, minlength=len(down_XFD)).tolist()
+        for expert, rows in _rows(ctx.load):
+            x = x_TD.index_select(0, token_S[rows])
+            gate, up = torch.mm(x, gate_up_XDF[expert], out=gate_up_SF[rows]).chunk(2, dim=-1)
+            torch.mm(F.silu(gate).mul_(up).mul_(weight_S1[rows]), down_XFD[expert], out=out_SD[rows])
+        ctx.save_for_backward(x_TD, weight_S1, token_S, back_S, gate_up_SF, gate_up_XDF, down_XFD)
         return _sum(out_SD, back_S, len(x_TD))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """With g the weight, out = g down(h) and h = silu(gate) up: dg = h . dh, where dh is that of the weighted h."""
-        x_TD, weight_S1, token_S, back_S, gate_up_SF, gate_up, down = ctx.saved_tensors
-        gate_SF, up_SF = gate_up_SF.chunk(2, dim=-1)
-        dout_SD = grads[0].index_select(0, token_S)
-        dh_SF = _products(dout_SD, down.transpose(1, 2), ctx.load)
-        silu_SF = F.silu(gate_SF)
-        h_SF = silu_SF * up_SF
-        dweight_S = (h_SF * dh_SF).sum(-1)
-        ddown = _outer(h_SF.mul_(weight_S1), dout_SD, ctx.load, like=down)
-        dh_SF.mul_(weight_S1)
-        dgate_up_SF = torch.empty_like(gate_up_SF)
-        dgate_SF, dup_SF = dgate_up_SF.chunk(2, dim=-1)
-        torch.mul(dh_SF, silu_SF, out=dup_SF)
-        dgate_SF.copy_(torch.ops.aten.silu_backward(dh_SF.mul_(up_SF), gate_SF))
-        dgate_up = _outer(x_TD.index_select(0, token_S), dgate_up_SF, ctx.load, like=gate_up)
-        dx_TD = _sum(_products(dgate_up_SF, gate_up.transpose(1, 2), ctx.load), back_S, len(x_TD))
+        """Of out = down(w h) with h = silu(gate) up: the gradient of w is that of w h times h."""
+        x_TD, weight_S1, token_S, back_S, gate_up_SF, gate_up_XDF, down_XFD = ctx.saved_tensors
+        dgate_up_XDF, ddown_XFD = torch.empty_like(gate_up_XDF), torch.empty_like(down_XFD)
+        dweight_S, dx_SD = torch.empty_like(weight_S1[:, 0]), x_TD.new_empty(len(token_S), x_TD.shape[1])
+        for expert, rows in _rows(ctx.load):
+            x, dout = (source.index_select(0, token_S[rows]) for source in (x_TD, grads[0]))
+            (gate, up), weight = gate_up_SF[rows].chunk(2, dim=-1), weight_S1[rows]
+            silu, dh = F.silu(gate), dout @ down_XFD[expert].t()
+            h = silu * up
+            torch.sum(h * dh, -1, out=dweight_S[rows])
+            torch.mm(h.mul_(weight).t(), dout, out=ddown_XFD[expert])
+            dh.mul_(weight)
+            dgate = torch.ops.aten.silu_backward(dh * up, gate)
+            dgate_up = torch.cat((dgate, dh.mul_(silu)), -1)
+            torch.mm(x.t(), dgate_up, out=dgate_up_XDF[expert])
+            torch.mm(dgate_up, gate_up_XDF[expert].t(), out=dx_SD[rows])
         dweights_TE = dweight_S.index_select(0, back_S).view(len(x_TD), -1)
-        return dx_TD, None, dweights_TE, dgate_up, ddown
+        return _sum(dx_SD, back_S, len(x_TD)), None, dweights_TE, dgate_up_XDF, ddown_XFD
 
 
-def _parts(load: list[int]) -> Iterator[tuple[int, slice]]:
+def _rows(load: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert and its rows."""
     start = 0
-    for expert, rows in enumerate(load):
-        yield expert, slice(start, start + rows)
-        start += rows
-
-
-def _products(rows_SD: Tensor, matrices_XDF: Tensor, load: list[int]) -> Tensor:
-    """Each row times the matrix of its expert."""
-    out_SF = rows_SD.new_empty(len(rows_SD), matrices_XDF.shape[2])
-    for expert, part in _parts(load):
-        torch.mm(rows_SD[part], matrices_XDF[expert], out=out_SF[part])
-    return out_SF
-
-
-def _outer(a_SD: Tensor, b_SF: Tensor, load: list[int], *, like: Tensor) -> Tensor:
-    """Gradient of the matrices: a^T b over the rows of each expert."""
-    out_XDF = torch.empty_like(like)
-    for expert, part in _parts(load):
-        torch.mm(a_SD[part].t(), b_SF[part], out=out_XDF[expert])
-    return out_XDF
+    for expert, num in enumerate(load):
+        yield expert, slice(start, start + num)
+        start += num
 
 
 def _sum(out_SD: Tensor, back_S: Tensor, num_tokens: int) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""Gathered entries of one chunk: what a core's cache holds; on a GPU few launches count more."""
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+"""Gathered entries of one chunk: what a core's cache holds beside the rest; on a GPU few launches count more."""
 
 
 def sparse_mla(
