@@ -33,7 +33,10 @@ class _Experts(torch.autograd.Function):
         expert_S = experts_TE.reshape(-1)
         order_S = expert_S.argsort(stable=True)
         every_S = torch.arange(len(order_S), device=x_TD.device)
-        back_S, token_S = torch.empty_like(order_S).index_copy_(0, order_S, every_S), order_S // experts_TE.shape[1]
+        back_S, token_S = (
+            torch.empty_like(order_S).index_copy_(0, order_S, every_S),
+            order_S // experts_TE.shape[1],
+        )
         weight_S1 = weights_TE.reshape(-1, 1).index_select(0, order_S)
         gate_up_SF, out_SD = (x_TD.new_empty(len(order_S), m.shape[2]) for m in (gate_up_XDF, down_XFD))
         ctx.load = torch.bincount(expert_S, minlength=len(down_XFD)).tolist()

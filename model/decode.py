@@ -20,7 +20,6 @@ from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from posttrain.kernels import reference
 from posttrain.kernels.pointwise import swiglu
 from posttrain.model.arch import DeepseekV32ForCausalLM, DsaDecoderLayer
-from posttrain.model.attention import DsaAttention
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache
 from posttrain.model.indexer import hadamard
 from posttrain.model.moe import DsaMoE, route, run_padded
@@ -196,7 +195,7 @@ class Decoder:
         self, layer: _Layer, x_BD: Tensor, step: _Step, cache_BLE: Tensor, record: LayerRecord
     ) -> Tensor:
         """x plus its attention."""
-        num_rows, (R, P, H, N, J, I) = len(x_BD), self.sizes  # noqa: E741  # the letters of this file
+        num_rows, (R, P, H, N, J, I) = len(x_BD), self.sizes
         h_BD = self._norm(x_BD, layer.norm)
         latent_BC, kv_BR, k_rot_BP, k_index_BI = (h_BD @ layer.from_hidden).split_with_sizes(
             (len(layer.from_latent), R, P, I), -1
