@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def uniforms(seeds_B: NDArray[np.uint64], positions_B: NDArray[np.int64]) -> NDArray[np.float32]:
-    """One number in [0, 1) per row: splitmix64 of the seed and the position."""
+    """One number in [0, 1) per seed and position, which broadcast: splitmix64 of both."""
     with np.errstate(over="ignore"):  # wrapping arithmetic is the algorithm
         x = seeds_B + (positions_B.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
