@@ -1,8 +1,8 @@
 """Routed experts with a backward of their own: one product per expert and matrix, each written where it belongs.
 
 Rows are (token, expert) pairs sorted by expert. Autograd would cut and join them again at every step; here each
-product goes straight into its place, the routing weight multiplies the hidden units, and what is cheap is
-computed again instead of kept. Next: ../model/moe.py.
+product goes straight into its place, one expert's rows stay in the cache from its first product to its last, and
+what is cheap is computed again instead of kept. Next: ../model/moe.py.
 
 Shape letters: T tokens, D hidden, X experts, E experts chosen per token, S = T E rows, F MLP width.
 """
@@ -24,32 +24,29 @@ def run_experts(
 
 
 class _Experts(torch.autograd.Function):
-    """Keeps the rows before the activation; the rows themselves and the hidden units are made again."""
+    """Keeps gate and up alone: each expert's rows, hidden units and outputs are made again."""
 
     @staticmethod
     def forward(ctx: Any, *args: Tensor) -> Tensor:
-        """Expert by expert, so that the rows of one stay in the cache from its first product to its last."""
         x_TD, experts_TE, weights_TE, gate_up_XDF, down_XFD = args
         expert_S = experts_TE.reshape(-1)
         order_S = expert_S.argsort(stable=True)
+        token_S = order_S // experts_TE.shape[1]
         every_S = torch.arange(len(order_S), device=x_TD.device)
-        back_S, token_S = (
-            torch.empty_like(order_S).index_copy_(0, order_S, every_S),
-            order_S // experts_TE.shape[1],
-        )
+        back_S = torch.empty_like(order_S).index_copy_(0, order_S, every_S)
         weight_S1 = weights_TE.reshape(-1, 1).index_select(0, order_S)
         gate_up_SF, out_SD = (x_TD.new_empty(len(order_S), m.shape[2]) for m in (gate_up_XDF, down_XFD))
         ctx.load = torch.bincount(expert_S, minlength=len(down_XFD)).tolist()
         for expert, rows in _rows(ctx.load):
             x = x_TD.index_select(0, token_S[rows])
             gate, up = torch.mm(x, gate_up_XDF[expert], out=gate_up_SF[rows]).chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up).mul_(weight_S1[rows]), down_XFD[expert], out=out_SD[rows])
+            torch.mm(F.silu(gate).mul_(up), down_XFD[expert], out=out_SD[rows]).mul_(weight_S1[rows])
         ctx.save_for_backward(x_TD, weight_S1, token_S, back_S, gate_up_SF, gate_up_XDF, down_XFD)
         return _sum(out_SD, back_S, len(x_TD))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Of out = down(w h) with h = silu(gate) up: the gradient of w is that of w h times h."""
+        """Of out = w down(h) with h = silu(gate) up: dw = dout . down(h) = h . down^T(dout), which needs no output."""
         x_TD, weight_S1, token_S, back_S, gate_up_SF, gate_up_XDF, down_XFD = ctx.saved_tensors
         dgate_up_XDF, ddown_XFD = torch.empty_like(gate_up_XDF), torch.empty_like(down_XFD)
         dweight_S, dx_SD = torch.empty_like(weight_S1[:, 0]), x_TD.new_empty(len(token_S), x_TD.shape[1])
