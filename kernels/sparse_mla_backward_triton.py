@@ -276,7 +276,9 @@ def backward(
                 _dkv(this, work_nK2H, dkvs[0], first, rows=False)
             _dq(this, work_nK2H, dq_NHE, first)
     lanes.join()
-    dkv_SE = dkvs[0] if len(dkvs) == 1 else torch.stack(dkvs).sum(0)
+    dkv_SE = dkvs[0]
+    for more_SE in dkvs[1:]:
+        dkv_SE += more_SE
     return dq_NHE, dkv_SE, target_NGK.sum(1) / H if with_target else None
 
 
