@@ -1,4 +1,4 @@
-"""A domain with everything its config names loaded: tasks, rewards, tool, demonstrations.
+"""A domain with everything its config names loaded: tasks, rewards, environment, demonstrations.
 
 Next: generation.py for rollouts of these tasks, data.py for language-model samples.
 """
@@ -10,7 +10,7 @@ from random import Random
 
 from posttrain import config
 from posttrain.rewards.base import Scorer, load_object
-from posttrain.rollouts.request import Tool
+from posttrain.rollouts.environment import Environment, Stateless, single_turn
 from posttrain.schema import Message, Rollout, Score, Task
 from posttrain.tasks import Split, load_split
 
@@ -25,7 +25,7 @@ class Domain:
     split: Split
     rewards: Scorer
     passes: Scorer
-    tool: Tool | None
+    environment: Environment
     demonstrate: Demonstrate | None
 
     @property
@@ -66,6 +66,15 @@ def _open(domain_json: str, seed: int) -> Domain:
         split=load_split(cfg, seed),
         rewards=Scorer(cfg.rewards),
         passes=Scorer(cfg.passes or cfg.rewards),
-        tool=load_object(cfg.tool, f"{where}: tool") if cfg.tool else None,
+        environment=_environment(cfg, where),
         demonstrate=load_object(cfg.demonstrate, f"{where}: demonstrate") if cfg.demonstrate else None,
     )
+
+
+def _environment(cfg: config.Domain, where: str) -> Environment:
+    if cfg.tool is not None:
+        return Stateless(load_object(cfg.tool, f"{where}: tool"))
+    if cfg.environment is None:
+        return single_turn
+    environment: Environment = load_object(cfg.environment, f"{where}: environment")
+    return environment
