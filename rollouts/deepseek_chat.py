@@ -124,13 +124,14 @@ def render_calls(calls: Sequence[Call]) -> str:
     """The block of calls that ends a turn, the blank line before it included."""
     invokes = []
     for call in calls:
-        lines = [f'<{DSML}invoke name="{call.name}">']
+        parameters = []
         for key, value in call.arguments.items():
             is_text = isinstance(value, str)
             written = value if is_text else json.dumps(value, ensure_ascii=False)
             kind = "true" if is_text else "false"
-            lines.append(f'<{DSML}parameter name="{key}" string="{kind}">{written}{_END_PARAMETER}')
-        invokes.append("\n".join([*lines, f"</{DSML}invoke>"]))
+            parameters.append(f'<{DSML}parameter name="{key}" string="{kind}">{written}{_END_PARAMETER}')
+        # A call without parameters has an empty line there.
+        invokes.append(f'<{DSML}invoke name="{call.name}">\n' + "\n".join(parameters) + f"\n</{DSML}invoke>")
     return "\n\n" + "\n".join([_OPEN, *invokes, _CLOSE])
 
 

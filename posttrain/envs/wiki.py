@@ -102,7 +102,7 @@ def solver(task: Task) -> Policy:
     """Searches for every name on the way, opens its page, and answers."""
     calls = []
     for title, page in task.meta["path"]:
-        calls += [Call("search", {"query": title}), Call("open", {"page": page})]
+        calls += [Call("search", {"query": title, "limit": 10}), Call("open", {"page": page})]
     return toolbox.script(calls, f"answer {task.answer}")
 
 
