@@ -62,7 +62,9 @@ class Domain(Model):
         if self.tool is not None and self.environment is not None:
             raise ValueError("both tool and environment are set; a domain has one of them")
         if self.max_turns > 1 and self.tool is None and self.environment is None:
-            raise ValueError(f"max_turns={self.max_turns} without a tool; set tool, environment or max_turns = 1")
+            raise ValueError(
+                f"max_turns={self.max_turns} without a tool; set tool, environment or max_turns = 1"
+            )
         return self
 
 

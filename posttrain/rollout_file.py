@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("messages", pa.string()),
         ("stop", pa.string()),
+        ("outcome", pa.string()),
         ("reward", pa.float64()),
         ("parts", pa.string()),
         ("note", pa.string()),
@@ -36,7 +37,7 @@ SCHEMA = pa.schema(
         ("fate", pa.string()),
     ]
 )
-"""learner_logprobs is null where the sample was not trained on; messages and parts are JSON."""
+"""learner_logprobs is null where the sample was not trained on; messages, outcome and parts are JSON."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,6 +81,7 @@ def _plain(row: Row) -> dict[str, object]:
         "text": rollout.text,
         "messages": json.dumps(rollout.messages),
         "stop": rollout.stop,
+        "outcome": json.dumps(rollout.outcome),
         "reward": row.score.value,
         "parts": json.dumps(row.score.parts),
         "note": row.score.note,

@@ -100,8 +100,8 @@ def encode_with_mask(tokenizer: Tokenizer, messages: list[Message]) -> tuple[lis
 
 def turn_text(tokenizer: Tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
     """The text of a turn; where the prompt has opened the thinking, with the mark that opens it."""
-    text: str = tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
-    head: str = tokenizer.decode([int(t) for t in before[-3:]], skip_special_tokens=False)
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    head: str = tokenizer.decode(list(before[-3:]), skip_special_tokens=False)
     opened = head.rstrip().endswith(deepseek_chat.THINK)
     return (deepseek_chat.THINK + text if opened else text).strip()
 

@@ -100,7 +100,9 @@ def render(messages: Sequence[Message], *, thinking: bool) -> list[Piece]:
         elif role == "tool":
             before, after = (messages[i - 1]["role"] if i else ""), messages[i + 1 : i + 2]
             if before not in ("assistant", "tool"):
-                raise ValueError(f"message {i}: a tool result stands after {before or 'nothing'}, not after a call")
+                raise ValueError(
+                    f"message {i}: a tool result stands after {before or 'nothing'}, not after a call"
+                )
             text = "" if before == "tool" else "\n\n<function_results>"
             text += f"\n<result>{content}</result>"
             if not after or after[0]["role"] != "tool":

@@ -102,7 +102,9 @@ class Live:
             stop = why
         if self._episode is not None:
             self._episode.close()
-        return (outcome.stop, {outcome.stop: outcome.reason}) if isinstance(outcome, Failed) else (stop, outcome)
+        return (
+            (outcome.stop, {outcome.stop: outcome.reason}) if isinstance(outcome, Failed) else (stop, outcome)
+        )
 
     def _started(self) -> Episode | Failed:
         if self._episode is None:

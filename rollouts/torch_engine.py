@@ -201,8 +201,8 @@ class _Wave:
 
     def _turn_text(self, i: int) -> str:
         start = self.rows[i].turn_start
-        tokens = self.tokens_BL[i, start : self.lengths_B[i]]
-        return chat.turn_text(self.engine.tokenizer, self.tokens_BL[i, :start], tokens)
+        tokens = self.tokens_BL[i, : self.lengths_B[i]].tolist()
+        return chat.turn_text(self.engine.tokenizer, tokens[:start], tokens[start:])
 
     def _end_turns(self, ended: Sequence[int]) -> list[Stop | Failed | None]:
         """Close an assistant turn of these rows; None where tool results make the rollout go on."""

@@ -181,7 +181,9 @@ def test_turns_with_a_tool_by_hand(engine: TorchEngine) -> None:
     scripted.__dict__.update(engine.__dict__)
     script = _Scripted(engine, {i - 1: t for i, t in enumerate(tokens) if i})
     scripted.model = scripted.decoder = script  # type: ignore[assignment]
-    request = Request(task=task, index=0, seed=1, max_new_tokens=64, max_turns=4, environment=Stateless(lookup.respond))
+    request = Request(
+        task=task, index=0, seed=1, max_new_tokens=64, max_turns=4, environment=Stateless(lookup.respond)
+    )
     (rollout,) = scripted.generate([request], Sampling())
     assert rollout.tokens.tolist() == tokens
     assert rollout.sampled.tolist() == mask

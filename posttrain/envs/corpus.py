@@ -110,12 +110,32 @@ def _page(row: dict[str, Any], where: str) -> Page:
 
 _FACTS = (
     # kind of page, kind of target, then per language: relation and sentence
-    ("person", "town", ("birthplace", "{0} was born in {1}."), ("\u51fa\u751f\u5730", "{0}\u751f\u4e8e{1}\u3002")),
+    (
+        "person",
+        "town",
+        ("birthplace", "{0} was born in {1}."),
+        ("\u51fa\u751f\u5730", "{0}\u751f\u4e8e{1}\u3002"),
+    ),
     ("person", "person", ("teacher", "{0} learned from {1}."), ("\u8001\u5e08", "{0}\u5e08\u4ece{1}\u3002")),
-    ("book", "person", ("author", "{0} was written by {1}."), ("\u4f5c\u8005", "{0}\u7531{1}\u6240\u5199\u3002")),
-    ("town", "person", ("founder", "{0} was founded by {1}."), ("\u521b\u5efa\u8005", "{0}\u7531{1}\u521b\u5efa\u3002")),
+    (
+        "book",
+        "person",
+        ("author", "{0} was written by {1}."),
+        ("\u4f5c\u8005", "{0}\u7531{1}\u6240\u5199\u3002"),
+    ),
+    (
+        "town",
+        "person",
+        ("founder", "{0} was founded by {1}."),
+        ("\u521b\u5efa\u8005", "{0}\u7531{1}\u521b\u5efa\u3002"),
+    ),
     ("town", "river", ("river", "{0} lies on {1}."), ("\u6cb3\u6d41", "{0}\u4f4d\u4e8e{1}\u7554\u3002")),
-    ("guild", "town", ("seat", "{0} has its seat in {1}."), ("\u6240\u5728\u5730", "{0}\u8bbe\u5728{1}\u3002")),
+    (
+        "guild",
+        "town",
+        ("seat", "{0} has its seat in {1}."),
+        ("\u6240\u5728\u5730", "{0}\u8bbe\u5728{1}\u3002"),
+    ),
     ("guild", "person", ("master", "{0} is led by {1}."), ("\u4f1a\u957f", "{0}\u7531{1}\u9886\u5bfc\u3002")),
 )
 _LANGUAGES = ("en", "zh")
@@ -144,9 +164,13 @@ _NAMES = {
 
 def _made(language: str, rng: Random, pages: int) -> list[Page]:
     if language not in _LANGUAGES or pages < 20:
-        raise ValueError(f"made://{language}?pages={pages}: languages are {', '.join(_LANGUAGES)}, pages at least 20")
+        raise ValueError(
+            f"made://{language}?pages={pages}: languages are {', '.join(_LANGUAGES)}, pages at least 20"
+        )
     which = _LANGUAGES.index(language)
-    titles = {kind: _titles(kind, language, max(2, int(share * pages)), rng) for kind, share in _SHARES.items()}
+    titles = {
+        kind: _titles(kind, language, max(2, int(share * pages)), rng) for kind, share in _SHARES.items()
+    }
     every = [title for names in titles.values() for title in names]
     made = []
     for kind, names in titles.items():

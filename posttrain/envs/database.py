@@ -58,7 +58,9 @@ def select(db: sqlite3.Connection, sql: str) -> str:
             raise ToolError("the statement gives no rows; only SELECT is allowed")
         rows = cursor.fetchmany(MAX_ROWS + 1)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: NUL and surrogates
-        raise ToolError("the statement takes too long" if "interrupted" in str(error) else str(error)) from None
+        raise ToolError(
+            "the statement takes too long" if "interrupted" in str(error) else str(error)
+        ) from None
     finally:
         db.set_progress_handler(None, 0)
         db.set_authorizer(None)
@@ -70,7 +72,9 @@ def select(db: sqlite3.Connection, sql: str) -> str:
 
 def digest(db: sqlite3.Connection) -> str:
     """sha256 over all rows of all tables, whatever their order."""
-    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    tables = [
+        name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+    ]
     state = {table: sorted(map(repr, db.execute(f"SELECT * FROM {table}"))) for table in tables}
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 

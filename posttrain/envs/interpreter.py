@@ -144,18 +144,29 @@ def _primes(rng: Random, size: int) -> _Kind:
 
 def _digits(rng: Random, size: int) -> _Kind:
     base, exponent = rng.randint(3, 99), rng.randint(2 * size // 5, size)
-    return f"What is the sum of the decimal digits of {base} to the power {exponent}?", digit_sum, (base, exponent)
+    return (
+        f"What is the sum of the decimal digits of {base} to the power {exponent}?",
+        digit_sum,
+        (base, exponent),
+    )
 
 
 def _divisible(rng: Random, size: int) -> _Kind:
     low = rng.randint(1, 10 * size)
     high, (a, b) = low + rng.randint(10 * size, 100 * size), rng.sample(range(2, 30), 2)
-    question = f"How many of the numbers from {low} to {high} are divisible by {a} or by {b}, but not by both?"
+    question = (
+        f"How many of the numbers from {low} to {high} are divisible by {a} or by {b}, but not by both?"
+    )
     return question, divisible, (low, high, a, b)
 
 
 def _recurrence(rng: Random, size: int) -> _Kind:
-    steps, a, b, modulus = rng.randint(size, 10 * size), rng.randint(2, 9), rng.randint(1, 9), rng.randint(50, 999)
+    steps, a, b, modulus = (
+        rng.randint(size, 10 * size),
+        rng.randint(2, 9),
+        rng.randint(1, 9),
+        rng.randint(50, 999),
+    )
     question = (
         f"Let x_0 = 0, x_1 = 1 and x_n = {a} x_(n-1) + {b} x_(n-2). What is x_{steps} modulo {modulus}?"
     )

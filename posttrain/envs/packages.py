@@ -153,6 +153,7 @@ def join_line(fields):
     hidden=(
         ("split_line", ['"a,b",c'], ["a,b", "c"]),
         ("split_line", ['"say ""hi""",x'], ['say "hi"', "x"]),
+        ("split_line", ['"a"",b"'], ['a",b']),
         ("split_line", ["a,,"], ["a", "", ""]),
         ("split_line", ["a,b"], ["a", "b"]),
         ("join_line", [["a,b", 'x"y', ""]], '"a,b","x""y",'),

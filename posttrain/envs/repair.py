@@ -58,7 +58,9 @@ class Repository:
         """Replace a piece of a file."""
         text = self._file(path)
         if text.count(old) != 1:
-            raise ToolError(f"the old text stands {text.count(old)} times in {path}; it must stand there once")
+            raise ToolError(
+                f"the old text stands {text.count(old)} times in {path}; it must stand there once"
+            )
         return self._put(path, text.replace(old, new))
 
     def write_file(self, path: Path, text: str) -> str:
@@ -117,7 +119,10 @@ def solver(task: Task) -> Policy:
     """Looks around, puts the right text back in place of the wrong one, runs the tests."""
     calls = [Call("list_files", {})]
     for path, wrong, right in task.meta["solution"]:
-        calls += [Call("read_file", {"path": path}), Call("edit_file", {"path": path, "old": wrong, "new": right})]
+        calls += [
+            Call("read_file", {"path": path}),
+            Call("edit_file", {"path": path, "old": wrong, "new": right}),
+        ]
     return toolbox.script([*calls, Call("run_tests", {})], "done")
 
 
@@ -158,7 +163,11 @@ def _task(rng: Random, number: int, modules: int, bugs: int) -> Task:
         messages=(system, {"role": "user", "content": report}),
         meta={
             "files": files,
-            "hidden": [[f"{m.name}.{name}", arguments, result] for m in chosen for name, arguments, result in m.hidden],
+            "hidden": [
+                [f"{m.name}.{name}", arguments, result]
+                for m in chosen
+                for name, arguments, result in m.hidden
+            ],
             "solution": solution,
         },
     )

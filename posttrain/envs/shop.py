@@ -32,8 +32,12 @@ CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT, category TEXT, price I
 CREATE TABLE orders (id INTEGER PRIMARY KEY, customer INTEGER, status TEXT, address TEXT, refunded INTEGER);
 CREATE TABLE items (order_id INTEGER, product INTEGER, quantity INTEGER);
 """
-_FIRST = "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jon Kira Leo Mona Nils Olga Paul Rosa Sven Tara Udo".split()
-_LAST = "Abel Brand Costa Dietz Ericson Fabre Gomez Holm Ito Jansen Klein Lund Marin Novak Olsen Peters".split()
+_FIRST = (
+    "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jon Kira Leo Mona Nils Olga Paul Rosa Sven Tara Udo".split()
+)
+_LAST = (
+    "Abel Brand Costa Dietz Ericson Fabre Gomez Holm Ito Jansen Klein Lund Marin Novak Olsen Peters".split()
+)
 _CITIES = "Aarhus Bergen Coimbra Dresden Essen Florence Ghent Haarlem Imola Jena".split()
 _STREETS = "Oak Street, Mill Lane, Station Road, Harbour Way, Church Square, Garden Row".split(", ")
 _GOODS = {
@@ -79,7 +83,8 @@ class Shop:
         self._order(order_id, "pending")
         self._move(product_id, self._quantity(order_id, product_id) - quantity)
         self.db.execute(
-            "UPDATE items SET quantity = ? WHERE order_id = ? AND product = ?", (quantity, order_id, product_id)
+            "UPDATE items SET quantity = ? WHERE order_id = ? AND product = ?",
+            (quantity, order_id, product_id),
         )
         return f"order {order_id} has {quantity} of product {product_id}"
 
@@ -92,7 +97,8 @@ class Shop:
         self._move(new_product_id, -quantity)
         self._move(product_id, quantity)
         self.db.execute(
-            "UPDATE items SET product = ? WHERE order_id = ? AND product = ?", (new_product_id, order_id, product_id)
+            "UPDATE items SET product = ? WHERE order_id = ? AND product = ?",
+            (new_product_id, order_id, product_id),
         )
         return f"order {order_id} has product {new_product_id} instead of {product_id}"
 
@@ -127,7 +133,9 @@ class Shop:
         return bool(found[1])
 
     def _items(self, order_id: int) -> list[tuple[int, int]]:
-        return self.db.execute("SELECT product, quantity FROM items WHERE order_id = ?", (order_id,)).fetchall()
+        return self.db.execute(
+            "SELECT product, quantity FROM items WHERE order_id = ?", (order_id,)
+        ).fetchall()
 
     def _quantity(self, order_id: int, product_id: int) -> int:
         quantities = dict(self._items(order_id))
@@ -153,7 +161,9 @@ def start(task: Task, seed: int) -> Shop:
 def tasks(*, seed: int, n: int, actions: int = 1, customers: int = 8) -> Iterator[Task]:
     """n requests with this many changes each; raises ValueError for settings that give none."""
     if not 1 <= actions <= customers <= len(_FIRST):
-        raise ValueError(f"actions={actions}, customers={customers}: need 1 <= actions <= customers <= {len(_FIRST)}")
+        raise ValueError(
+            f"actions={actions}, customers={customers}: need 1 <= actions <= customers <= {len(_FIRST)}"
+        )
     rng = Random(seed)
     for _ in range(n):
         yield _task(rng.randrange(2**32), actions, customers)
@@ -170,7 +180,13 @@ def demonstrate(task: Task, rng: Random) -> list[Message]:
 
 
 def _tools(shop: Shop) -> Sequence[toolbox.Function]:
-    changes = (shop.cancel_order, shop.change_address, shop.set_quantity, shop.exchange_product, shop.refund_order)
+    changes = (
+        shop.cancel_order,
+        shop.change_address,
+        shop.set_quantity,
+        shop.exchange_product,
+        shop.refund_order,
+    )
     return (shop.query, *changes)
 
 
@@ -202,11 +218,15 @@ def _request(shop: Shop, customer: int, rng: Random) -> tuple[str, str, str, dic
     """
     name, email = shop.db.execute("SELECT name, email FROM customers WHERE id = ?", (customer,)).fetchone()
     pending, delivered = (
-        shop.db.execute("SELECT id FROM orders WHERE customer = ? AND status = ?", (customer, status)).fetchone()[0]
+        shop.db.execute(
+            "SELECT id FROM orders WHERE customer = ? AND status = ?", (customer, status)
+        ).fetchone()[0]
         for status in ("pending", "delivered")
     )
     product, quantity = rng.choice(shop._items(pending))
-    title, category = shop.db.execute("SELECT name, category FROM products WHERE id = ?", (product,)).fetchone()
+    title, category = shop.db.execute(
+        "SELECT name, category FROM products WHERE id = ?", (product,)
+    ).fetchone()
     who = f"I am {name}, {email}."
     lookup = (
         "SELECT orders.id, status, products.id, products.name, quantity FROM customers JOIN orders ON customer = "
@@ -232,7 +252,9 @@ def _request(shop: Shop, customer: int, rng: Random) -> tuple[str, str, str, dic
         text = f"{who} In my pending order, make that {quantity + 1} of the {title}."
         arguments = {"order_id": pending, "product_id": product, "quantity": quantity + 1}
         return text, lookup, "set_quantity", arguments
-    text = f"{who} In my pending order, replace the {title} by the cheapest other {category} article in stock."
+    text = (
+        f"{who} In my pending order, replace the {title} by the cheapest other {category} article in stock."
+    )
     arguments = {"order_id": pending, "product_id": product, "new_product_id": others[0][0]}
     return text, lookup, "exchange_product", arguments
 
@@ -241,7 +263,9 @@ def _rows(seed: int, customers: int) -> dict[str, Sequence[tuple[object, ...]]]:
     rng = Random(f"shop {seed}")
     people = [
         (i, f"{first} {last}", f"{first}.{last}@example.com".lower(), rng.choice(_CITIES))
-        for i, (first, last) in enumerate(zip(rng.sample(_FIRST, customers), rng.choices(_LAST, k=customers)), start=1)
+        for i, (first, last) in enumerate(
+            zip(rng.sample(_FIRST, customers), rng.choices(_LAST, k=customers)), start=1
+        )
     ]
     titles = [(title, category) for category, titles in _GOODS.items() for title in titles]
     prices = rng.sample(range(5, 200), len(titles))

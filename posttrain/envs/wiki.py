@@ -91,7 +91,9 @@ def tasks(
     while made < n:
         tries += 1
         if tries > 100 * n + 1000:
-            raise ValueError(f"{source}: found {made} questions over {hops} facts in {tries} tries, {n} wanted")
+            raise ValueError(
+                f"{source}: found {made} questions over {hops} facts in {tries} tries, {n} wanted"
+            )
         path = _walk(library, hops, rng)
         if path is not None:
             made += 1
