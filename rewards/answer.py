@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from posttrain.rewards.base import final_answer, per_rollout
+from posttrain.rewards.base import bounded, final_answer, per_rollout
 from posttrain.rewards.math_worker import shared_worker
 from posttrain.schema import Rollout, Task
 
@@ -10,6 +10,7 @@ MAX_CHARACTERS = 512
 """Longer answers score 0: nobody needs more, and parsing time grows quickly."""
 
 
+@bounded
 @per_rollout
 def exact(task: Task, rollout: Rollout) -> float:
     """1 if the final answer equals the reference, blanks evened out."""

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from posttrain.rewards.base import final_answer, per_rollout
+from posttrain.rewards.base import bounded, final_answer, per_rollout
 from posttrain.schema import Rollout, Task
 
 ALLOWED = frozenset(
@@ -40,6 +40,7 @@ def check_allowed(dataset: str) -> None:
         )
 
 
+@bounded
 @per_rollout
 def score(task: Task, rollout: Rollout) -> float:
     """1 if the dataset's scorer gives the final answer full marks, else 0."""

@@ -49,7 +49,9 @@ class Judge(Protocol):
     identity: str
     """Everything that its replies depend on, besides what it is asked: model, revision."""
 
-    async def reply(self, messages: Sequence[Message], *, schema: dict[str, Any], temperature: float, seed: int) -> str:
+    async def reply(
+        self, messages: Sequence[Message], *, schema: dict[str, Any], temperature: float, seed: int
+    ) -> str:
         """The text of a reply, JSON of that schema if the judge can be held to it.
 
         Raises Unreachable where it is worth asking again, and Unscorable where it is not.
@@ -171,7 +173,9 @@ class Panel:
         wait = FIRST_WAIT_S
         for attempt in range(self._settings.attempts):
             last = attempt == self._settings.attempts - 1
-            key = self._cache.key(self._judge.identity, messages, Marks.model_json_schema(), temperature, attempt)
+            key = self._cache.key(
+                self._judge.identity, messages, Marks.model_json_schema(), temperature, attempt
+            )
             reply = self._cache.get(key)
             try:
                 if reply is None:
@@ -186,7 +190,9 @@ class Panel:
                 wait *= 2
             except ValueError as error:
                 if last:
-                    raise ValueError(f"{self._settings.attempts} replies of the judge are no verdict: {error}") from error
+                    raise ValueError(
+                        f"{self._settings.attempts} replies of the judge are no verdict: {error}"
+                    ) from error
                 temperature = SECOND_TEMPERATURE  # the same question would get the same reply
             else:
                 self._cache.put(key, reply)

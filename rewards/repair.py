@@ -8,8 +8,8 @@ import json
 from typing import Any
 
 from posttrain.rewards import bubblewrap
-from posttrain.rewards.base import per_rollout
-from posttrain.rewards.sandbox import Call, Limits, Program
+from posttrain.rewards.base import Unscorable, per_rollout
+from posttrain.rewards.sandbox import Call, Limits, Program, SandboxMissing
 from posttrain.schema import Rollout, Task
 
 LIMITS = Limits(cpu_s=10, wall_s=20)
@@ -29,10 +29,10 @@ def results(cases):
 
 
 @per_rollout
-def hidden_tests(task: Task, rollout: Rollout) -> float | None:
+def hidden_tests(task: Task, rollout: Rollout) -> float:
     """1 if every case of meta["hidden"] gives its result with the files of the outcome, else 0.
 
-    None if the sandbox fails.
+    Raises Unscorable if the sandbox is missing or fails.
     """
     cases = task.meta.get("hidden")
     if not isinstance(cases, list) or not cases:
@@ -45,9 +45,12 @@ def hidden_tests(task: Task, rollout: Rollout) -> float | None:
         call=Call(function="results", args=([[name, arguments] for name, arguments, _ in cases],)),
         files=files,
     )
-    outcome = bubblewrap.shared().run(program, LIMITS)
+    try:
+        outcome = bubblewrap.shared().run(program, LIMITS)
+    except SandboxMissing as error:
+        raise Unscorable(str(error)) from error
     if outcome.status == "error":
-        return None
+        raise Unscorable(f"the sandbox failed: {outcome.note}")
     return float(outcome.has_value and _same(outcome.value, [[result] for _, _, result in cases]))
 
 

@@ -1,9 +1,10 @@
 """The outcome of a task with tool calls: an answer, or the state that the calls have left behind."""
 
-from posttrain.rewards.base import final_answer, per_rollout
+from posttrain.rewards.base import bounded, final_answer, per_rollout
 from posttrain.schema import Rollout, Task
 
 
+@bounded
 @per_rollout
 def outcome(task: Task, rollout: Rollout) -> float:
     """1 if the last turn gives the reference answer after at least meta["min_calls"] tool results.
@@ -18,6 +19,7 @@ def outcome(task: Task, rollout: Rollout) -> float:
     return float(bool(answer) and task.answer is not None and answer == task.answer.strip())
 
 
+@bounded
 @per_rollout
 def state(task: Task, rollout: Rollout) -> float:
     """1 if the episode ended by itself in the state meta["goal"], which its environment reports as "state"."""

@@ -51,7 +51,9 @@ class EngineJudge:
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Question(request, temperature, answer))
         if len(self._waiting) == 1:
-            self._gathering = asyncio.create_task(self._answer_soon())  # not this question's: it may be cancelled
+            self._gathering = asyncio.create_task(
+                self._answer_soon()
+            )  # not this question's: it may be cancelled
         return await answer
 
     async def _answer_soon(self) -> None:

@@ -1,5 +1,6 @@
 """Environments: state per episode, whose fault a failure is, replay; gold scores 1 and junk 0 in every one."""
 
+import dataclasses
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -19,12 +20,13 @@ from posttrain.domains import open_domains
 from posttrain.envs import corpus, database, interpreter, packages, repair, shop, wiki
 from posttrain.rewards import repair as repair_reward
 from posttrain.rewards import tools
+from posttrain.rewards.scorer import Scorer
 from posttrain.rollouts import chat, deepseek_chat, toolbox
 from posttrain.rollouts.deepseek_chat import Call
 from posttrain.rollouts.environment import Environment, Live, Stateless, Unavailable, play, replay, step_all
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
-from posttrain.schema import Message, RewardFn, Rollout, Task
+from posttrain.schema import Group, Message, RewardFn, Rollout, Task
 from posttrain.toy import lookup, tokenizer
 
 TOKENIZER = tokenizer.build()
@@ -95,6 +97,20 @@ def test_a_failure_says_whose_fault_it_is(turn: str, stop: str, outcome: dict[st
     assert tools.state(Task(id="d/1", domain="d", messages=(), meta={"goal": None}), [rollout]) == [0]
 
 
+def test_a_failed_environment_is_unscorable_a_broken_one_is_worth_nothing() -> None:
+    task = Task(id="d/1", domain="d", messages=(), meta={"goal": "x"})
+    scorer = Scorer([config.Reward(fn="posttrain.rewards.tools:state", weight=2.0)])
+    rollouts = [
+        play(count, task, _script(text), seed=0, max_turns=9) for text in ("error", "crash", "answer")
+    ]
+    good = _with_outcome(rollouts[2], {"state": "x"})
+    unavailable, broken, wrong, right = scorer.score(task, [*rollouts, good])
+    assert unavailable.value is None and "unavailable: the server is gone" in unavailable.note
+    assert broken.value == 0 and broken.blamed and "broke its environment: KeyError" in broken.note
+    assert (wrong.value, right.value) == (0.0, 2.0)
+    assert scorer.passed(unavailable) is None and scorer.passed(broken) is False
+
+
 def test_an_environment_that_does_not_start_is_nobodys_fault() -> None:
     def broken(task: Task, seed: int) -> Counter:
         raise RuntimeError("no disk")
@@ -112,6 +128,10 @@ def test_steps_of_several_episodes_run_side_by_side() -> None:
 
     lives = [Live(Stateless(wait), QUESTION, i) for i in range(2)]
     assert step_all([(live, str(i)) for i, live in enumerate(lives)]) == [["0"], ["1"]]
+
+
+def _with_outcome(rollout: Rollout, outcome: dict[str, Any]) -> Rollout:
+    return dataclasses.replace(rollout, outcome=outcome)
 
 
 # ---- in the engine ----
@@ -411,9 +431,7 @@ def test_every_bug_fails_a_hidden_test_and_no_right_module_does() -> None:
 
 
 def _left(files: dict[str, str]) -> Rollout:
-    empty = play(count, QUESTION, _script("answer"), seed=0, max_turns=1)
-    fields = {name: getattr(empty, name) for name in Rollout.__slots__}
-    return Rollout(**(fields | {"outcome": {"files": files}}))
+    return _with_outcome(play(count, QUESTION, _script("answer"), seed=0, max_turns=1), {"files": files})
 
 
 EQUAL = "class E:\n    def __eq__(self, other): return True\n"
@@ -493,7 +511,7 @@ def test_a_recipe_names_an_environment_or_a_tool_not_both() -> None:
     assert opened.environment is shop.start
     task = opened.evaluation[0]
     gold = play(opened.environment, task, shop.solver(task), seed=0, max_turns=9)
-    assert opened.passed(task, [gold]) == [True]
+    assert opened.passed([Group(task=task, rollouts=(gold,))]) == [[True]]
     with pytest.raises(ValueError, match="both tool and environment are set"):
         config.Domain.model_validate(given | {"environment": "a:b", "tool": "c:d"})
 

@@ -10,8 +10,9 @@ import pytest
 
 from posttrain import config
 from posttrain.rewards import answer, gym, rubric, style, tools
-from posttrain.rewards.base import Scorer, final_answer, load_object, load_reward, per_rollout
+from posttrain.rewards.base import final_answer, load_object, load_reward, per_rollout
 from posttrain.rewards.math_worker import MathWorker
+from posttrain.rewards.scorer import Scorer
 from posttrain.schema import Message, Rollout, Task
 
 HOSTILE = [

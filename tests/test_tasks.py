@@ -11,7 +11,7 @@ from test_rewards import rollout
 
 from posttrain import config
 from posttrain.domains import open_domains
-from posttrain.rewards.base import Scorer
+from posttrain.rewards.scorer import Scorer
 from posttrain.schema import Rollout, Task
 from posttrain.tasks import load_split, load_tasks
 

@@ -77,7 +77,9 @@ class Repository:
         """Run all test files with unittest."""
         program = Program(arguments=("-m", "unittest", "-q"), files=self.files)
         shown = sandboxed.report(sandboxed.run(program, LIMITS))
-        return re.sub(r"(?m)^(Ran \d+ tests?) in [0-9.]+s$", r"\1", shown)  # played again, it takes another time
+        return re.sub(
+            r"(?m)^(Ran \d+ tests?) in [0-9.]+s$", r"\1", shown
+        )  # played again, it takes another time
 
     def step(self, text: str) -> list[str] | None:
         """As Episode.step."""
