@@ -13,7 +13,6 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -74,13 +73,14 @@ class Marks(BaseModel):
     criteria: list[Mark]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class Settings(BaseModel):
     """How the judge is asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     cache: str = ""
     """Path of a SQLite file with replies; empty: none."""
-    attempts: int = 4
+    attempts: int = Field(4, ge=1)
     """Requests for one reply at most, the waits between them doubling."""
     deadline_s: float = 25.0
     """Seconds for all of them together; keep it below the reward's timeout_s, which blames the candidate."""
@@ -105,11 +105,12 @@ def rubric(
     Raises ValueError for settings that are unknown or that the backend refuses.
     """
     try:
-        made = load_object(backend, "judge")(**(judge or {}))
-        chosen = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        panel = Panel(load_object(backend, "judge")(**(judge or {})), Settings.model_validate(settings))
     except TypeError as error:
         raise ValueError(f"judge {backend!r}: {error}") from None
-    panel = Panel(made, chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     @per_rollout
     async def marks(task: Task, rollout: Rollout) -> float:
