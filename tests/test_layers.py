@@ -75,7 +75,8 @@ def _uses(imports: set[str], package: str) -> bool:
 
 
 LIGHT = ["posttrain.cli", "posttrain.check", "posttrain.config", "posttrain.schema", "posttrain.tasks"]
-LIGHT += [name for name in SOURCES if name.startswith("posttrain.rewards.")]
+LIGHT += ["posttrain.preview", "posttrain.rollout_file", "posttrain.workbench"]
+LIGHT += [name for name in SOURCES if name.startswith(("posttrain.envs.", "posttrain.rewards."))]
 
 
 @pytest.mark.parametrize("name", LIGHT)
