@@ -1,10 +1,11 @@
 """A SQLite database in memory with a guarded door for SQL that a policy writes.
 
-Guards: only SELECT over the tables, functions from a list (none that depends on time or chance, none that
+Guards: only SELECT over the tables (and UPDATE of one, where an environment wants it), functions from a list (none that depends on time or chance, none that
 loads code), no ATTACH and no PRAGMA, a budget of virtual-machine steps, limits on rows, values and
 statement. Next: shop.py.
 """
 
+import functools
 import hashlib
 import json
 import sqlite3
@@ -44,30 +45,35 @@ def build(schema: str, rows: dict[str, Sequence[tuple[object, ...]]]) -> sqlite3
     return db
 
 
-def select(db: sqlite3.Connection, sql: str) -> str:
-    """The rows of a SELECT as text: a line of column names, then a line of JSON per row.
+def run(
+    db: sqlite3.Connection, sql: str, *, writable: str | None = None
+) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Column names and rows of one statement: a SELECT, or an UPDATE of the writable table. Both empty for an UPDATE.
 
-    Raises ToolError for anything that is refused, fails or takes too long.
+    At most MAX_ROWS + 1 rows. Raises ToolError for anything that is refused, fails or takes too long.
     """
     budget = iter(range(MAX_STEPS // _STEPS_AT_ONCE))
-    db.set_authorizer(_authorize)
+    db.set_authorizer(functools.partial(_authorize, writable))
     db.set_progress_handler(lambda: next(budget, None) is None, _STEPS_AT_ONCE)
     try:
         cursor = db.execute(sql)
-        if cursor.description is None:
-            raise ToolError("the statement gives no rows; only SELECT is allowed")
         rows = cursor.fetchmany(MAX_ROWS + 1)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: NUL and surrogates
-        raise ToolError(
-            "the statement takes too long" if "interrupted" in str(error) else str(error)
-        ) from None
+        raise ToolError("the statement takes too long" if "interrupted" in str(error) else str(error)) from None
     finally:
         db.set_progress_handler(None, 0)
         db.set_authorizer(None)
-    names = ", ".join(str(column[0]) for column in cursor.description)
+    return [str(column[0]) for column in cursor.description or ()], rows
+
+
+def select(db: sqlite3.Connection, sql: str) -> str:
+    """The rows of a SELECT as text: a line of column names, then a line of JSON per row; ToolError as run."""
+    names, rows = run(db, sql)
+    if not names:
+        raise ToolError("the statement gives no rows; only SELECT is allowed")
     lines = [json.dumps(row, ensure_ascii=False, default=repr) for row in rows[:MAX_ROWS]]
     more = [f"... (more than {MAX_ROWS} rows)"] if len(rows) > MAX_ROWS else []
-    return "\n".join([names, *lines, *more])
+    return "\n".join([", ".join(names), *lines, *more])
 
 
 def digest(db: sqlite3.Connection) -> str:
@@ -79,11 +85,11 @@ def digest(db: sqlite3.Connection) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
-def _authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
-    if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE):
-        return sqlite3.SQLITE_OK
-    if action == sqlite3.SQLITE_READ:
+def _authorize(writable: str | None, action: int, first: str | None, second: str | None, *_: object) -> int:
+    if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_READ):
         return sqlite3.SQLITE_OK
     if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _FUNCTIONS:
+        return sqlite3.SQLITE_OK
+    if action == sqlite3.SQLITE_UPDATE and writable is not None and first == writable:
         return sqlite3.SQLITE_OK
     return sqlite3.SQLITE_DENY
