@@ -101,8 +101,8 @@ class Score:
     """Whether a part is 0 because the candidate's text broke or outlasted its reward."""
 
 
-RewardFn = Callable[[Task, Sequence[Rollout]], list[float | None] | Awaitable[list[float | None]]]
-"""A reward sees a task and all rollouts of its group and returns one number, or None, per rollout."""
+RewardFn = Callable[[Task, Sequence[Rollout]], list[Any] | Awaitable[list[Any]]]
+"""A reward sees a task and all rollouts of its group and returns one number, None or rewards.base.Mark per rollout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,11 +12,12 @@ import inspect
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from posttrain.rewards.sandbox import SandboxMissing
 from posttrain.schema import RewardFn, Rollout, Task
 
 Kind = Literal["judged", "failed", "died", "unscorable", "blamed"]
@@ -69,19 +70,29 @@ def load_reward(path: str, args: Mapping[str, Any] | None = None) -> RewardFn:
 AnyReward = TypeVar("AnyReward", bound=Callable[..., Any])
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a reward may return in place of a number: the number with a note, kept with the rollout."""
+
+    value: float | None
+    note: str = ""
+
+
+OneResult = float | Mark | None
+OneFn = Callable[[Task, Rollout], OneResult | Awaitable[OneResult]]
+
+
 class PerRollout:
     """A reward made of a function that judges one rollout at a time."""
 
-    def __init__(self, one: "OneFn") -> None:
+    def __init__(self, one: OneFn) -> None:
         self.one = one
         functools.update_wrapper(self, one)
 
     def __call__(self, task: Task, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Judge a group; raises whatever the function raises."""
-        return [_wait_for(self.one(task, rollout)) for rollout in rollouts]
-
-
-OneFn = Callable[[Task, Rollout], float | Awaitable[float | None] | None]
+        found = [_wait_for(self.one(task, rollout)) for rollout in rollouts]
+        return [one.value if isinstance(one, Mark) else one for one in found]
 
 
 def per_rollout(function: OneFn) -> PerRollout:
@@ -92,18 +103,32 @@ def per_rollout(function: OneFn) -> PerRollout:
     return PerRollout(function)
 
 
-def bounded(reward: AnyReward) -> AnyReward:
-    """Vouch for a reward: little time and memory on any text, so that it runs where it is called.
+def bounded_if(promise: Callable[[Task], bool]) -> Callable[[AnyReward], AnyReward]:
+    """Vouch for a reward on some tasks: little time and memory on any text, so that it runs where it is called.
 
     All others run in worker processes that are killed at their deadline.
     """
-    reward.is_bounded = True  # type: ignore[attr-defined]
-    return reward
+
+    def vouch(reward: AnyReward) -> AnyReward:
+        reward.is_bounded = promise  # type: ignore[attr-defined]
+        return reward
+
+    return vouch
 
 
-def is_bounded(reward: RewardFn) -> bool:
-    """Whether the reward's author has vouched for it."""
-    return getattr(reward, "is_bounded", False) is True
+def bounded(reward: AnyReward) -> AnyReward:
+    """Vouch for a reward on every task."""
+    return bounded_if(_always)(reward)
+
+
+def is_bounded(reward: RewardFn, task: Task | None) -> bool:
+    """Whether the reward's author has vouched for it on this task (None: on every one)."""
+    promise = getattr(reward, "is_bounded", None)
+    return promise is _always or (promise is not None and task is not None and promise(task))
+
+
+def _always(task: Task) -> bool:
+    return True
 
 
 def judge(
@@ -195,12 +220,17 @@ async def _all_at_once(
 
 
 def _raised(error: Exception) -> Verdict:
-    if isinstance(error, Unscorable):
+    if isinstance(error, Unscorable | SandboxMissing):
         return Verdict(None, "unscorable", str(error))
+    if isinstance(error, ChildProcessError):  # a sandbox or a process of the reward's own
+        return Verdict(None, "died", str(error))
     return Verdict(None, "failed", f"raised {type(error).__name__}: {error}")
 
 
 def _checked(value: object) -> Verdict:
+    if isinstance(value, Mark):
+        verdict = _checked(value.value)
+        return replace(verdict, why=value.note) if verdict.kind == "judged" else verdict
     if value is None:
         return Verdict(None)
     if isinstance(value, int | float | np.number):

@@ -1,9 +1,8 @@
 """The local sandbox: bubblewrap, with a system call filter, from a pool of sandboxes that have started already.
 
-Every program gets a sandbox of its own. A thread keeps a few of them waiting, Python loaded, so that a
-small program costs one fork. Needs Linux 5.14 or later with user namespaces, bubblewrap and libseccomp2; where
-one is missing nothing runs (SandboxMissing). As root, everything runs as the spare user SPARE_USER.
-Next: seccomp.py, sandbox_init.py.
+Every program gets a sandbox of its own, unless `uses` says otherwise. A thread keeps a few of them waiting, Python
+loaded, so that a small program costs one fork. Needs Linux 5.14 or later with user namespaces, bubblewrap and
+libseccomp2; where one is missing nothing runs (SandboxMissing). Next: sandbox_command.py, sandbox_init.py.
 """
 
 import base64
@@ -14,12 +13,9 @@ import marshal
 import os
 import queue
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -29,9 +25,8 @@ from typing import Any, Self
 
 from posttrain.rewards import sandbox_child, sandbox_init, seccomp
 from posttrain.rewards.sandbox import Limits, Outcome, Program, SandboxMissing, Status
+from posttrain.rewards.sandbox_command import PACKAGES, command
 
-SPARE_USER = 64321
-"""Numeric user and group that owns nothing; only used by root."""
 START_TIMEOUT_S = 60.0
 GRACE_S = 5.0
 """The sandbox enforces its limits itself; this much later the host gives up on it."""
@@ -55,13 +50,25 @@ ours["serve"](*settings, theirs["run"])
 class Bubblewrap:
     """A Sandbox on this machine."""
 
-    def __init__(self, limits: Limits | None = None, *, warm: int = 2) -> None:
-        """limits: the default, and the largest disk_bytes; warm: sandboxes kept waiting.
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        warm: int = 2,
+        uses: int = 1,
+        packages: Sequence[str] = (),
+        preload: str = "",
+    ) -> None:
+        """Start the pool; SandboxMissing if this machine cannot isolate code.
 
-        Raises SandboxMissing if this machine cannot isolate code.
+        limits: the default, and the largest disk_bytes. warm: sandboxes kept waiting. uses: programs that one
+        sandbox runs in turn; it is only used again after one that ended by itself, left no file and tried
+        nothing forbidden. packages: installed pure-Python packages that programs may import. preload: our
+        source that process 1 runs first, so that programs find its imports loaded.
         """
-        self._limits = limits or Limits()
-        self._keeper = _Keeper(_command(self._limits), warm=warm)
+        self._limits, self._uses = limits or Limits(), uses
+        start = command(self._limits, packages, _BOOT)
+        self._keeper = _Keeper(start, _boot(preload, packages=bool(packages)), warm=warm)
         outcome = self.run(Program(source="import os; os.waitpid(os.fork() or os._exit(0), 0)"))
         if outcome.status != "ok":
             self.close()
@@ -71,11 +78,18 @@ class Bubblewrap:
         """Run a program in a fresh sandbox; a sandbox that dies on its own is replaced once."""
         note = ""
         for _ in range(_ATTEMPTS):
+            session = self.session(limits)
             try:
-                with self.session(limits) as session:
-                    return session.run(program)
+                outcome = session.run(program)
             except _Broken as broken:
                 note = str(broken)
+                session.close()
+                continue
+            except BaseException:
+                session.close()
+                raise
+            self._keeper.give_back(session.box, uses=self._uses)
+            return outcome
         return Outcome(status="error", note=note)
 
     def session(self, limits: Limits | None = None) -> "BubblewrapSession":
@@ -100,35 +114,37 @@ class BubblewrapSession:
     """One started sandbox."""
 
     def __init__(self, box: "_Box", limits: Limits) -> None:
-        self._box, self._limits = box, limits
+        self.box, self._limits = box, limits
 
     def run(self, program: Program, limits: Limits | None = None) -> Outcome:
         """Run a program. Raises ChildProcessError if the sandbox itself breaks."""
         limits = limits or self._limits
         nonce = secrets.token_hex(16)
-        self._box.send(_request(program, limits))
-        self._box.send({"nonce": nonce})
-        header, payloads = self._box.receive(limits.wall_s + GRACE_S, 3 * limits.output_bytes)
+        self.box.send(_request(program, limits))
+        self.box.send({"nonce": nonce})
+        header, payloads = self.box.receive(limits.wall_s + GRACE_S, 3 * limits.output_bytes)
         if "error" in header:
             raise ValueError(header["error"])
         if header.get("nonce") != nonce or len(payloads) != 3:
             raise _Broken("the sandbox gave a reply that is not its own")
-        return _outcome(header, payloads, limits)
+        outcome = _outcome(header, payloads, limits)
+        self.box.used(clean=outcome.exit_code is not None and not outcome.denied and not header["files"])
+        return outcome
 
     def write(self, path: str, content: str | bytes) -> None:
         """Write a file of the working directory; ValueError for a path that leads out of it."""
-        self._box.send({"do": "write", "path": path, "content": _base64(content)})
+        self.box.send({"do": "write", "path": path, "content": _base64(content)})
         self._reply(0)
 
     def read(self, path: str) -> bytes:
         """Read a file of the working directory; ValueError if that cannot be."""
         limit = self._limits.output_bytes
-        self._box.send({"do": "read", "path": path, "limit": limit})
+        self.box.send({"do": "read", "path": path, "limit": limit})
         return self._reply(limit)[0]
 
     def close(self) -> None:
         """End the sandbox and everything in it."""
-        self._box.close()
+        self.box.close()
 
     def __enter__(self) -> Self:
         return self
@@ -139,7 +155,7 @@ class BubblewrapSession:
         self.close()
 
     def _reply(self, limit: int) -> list[bytes]:
-        header, payloads = self._box.receive(GRACE_S, limit)
+        header, payloads = self.box.receive(GRACE_S, limit)
         if "error" in header:
             raise ValueError(header["error"])
         return payloads
@@ -152,9 +168,9 @@ class _Broken(ChildProcessError):
 class _Keeper:
     """A thread that keeps a few sandboxes started. They die when it does, so it lives as long as we."""
 
-    def __init__(self, command: Sequence[str], *, warm: int) -> None:
-        self._command = command
-        self._boot = _boot()
+    def __init__(self, command: Sequence[str], boot: bytes, *, warm: int) -> None:
+        self._command, self._boot = command, boot
+        self._again: queue.SimpleQueue[_Box] = queue.SimpleQueue()
         self._ready: queue.Queue[_Box] = queue.Queue(maxsize=max(1, warm))
         self._closed = False
         self._thread = threading.Thread(target=self._keep, name="sandboxes", daemon=True)
@@ -162,25 +178,34 @@ class _Keeper:
 
     def take(self) -> "_Box":
         """A started sandbox, which is the caller's to close."""
+        with contextlib.suppress(queue.Empty):
+            return self._again.get_nowait()
         try:
             return self._ready.get(timeout=START_TIMEOUT_S)
         except queue.Empty:
             raise _Broken(f"no sandbox started within {START_TIMEOUT_S:.0f} s") from None
 
+    def give_back(self, box: "_Box", *, uses: int) -> None:
+        """Keep a sandbox for another program if it may be used again; end it otherwise."""
+        if box.clean and box.num_used < uses and not self._closed:
+            self._again.put(box)
+        else:
+            box.close()
+
     def close(self) -> None:
         """End the thread and the sandboxes that wait."""
         self._closed = True
-        while self._thread.is_alive():
-            try:
+        while not self._again.empty():
+            self._again.get().close()
+        while self._thread.is_alive():  # it may be waiting for room
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01).close()
-            except queue.Empty:
-                continue
-        while not self._ready.empty():
-            self._ready.get().close()
 
     def _keep(self) -> None:
         while not self._closed:
             self._ready.put(_Box(self._command, self._boot))
+        while not self._ready.empty():  # before the thread ends, or they would be killed instead
+            self._ready.get().close()
 
 
 class _Box:
@@ -198,8 +223,15 @@ class _Box:
             )
         self._socket.settimeout(START_TIMEOUT_S)
         self._started = False
+        self.num_used = 0
+        self.clean = True
         with contextlib.suppress(OSError):  # it has died; whoever uses it will see
             self._socket.sendall(len(boot).to_bytes(4) + boot)
+
+    def used(self, *, clean: bool) -> None:
+        """Note that a program has run, and whether it left everything as it was."""
+        self.num_used += 1
+        self.clean = self.clean and clean
 
     def send(self, request: Mapping[str, Any]) -> None:
         """Send one request."""
@@ -314,92 +346,16 @@ def _said(report: bytes) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-# ---- the command ----
-
-
-@functools.cache
-def _boot() -> bytes:
+def _boot(preload: str, *, packages: bool) -> bytes:
     """What process 1 is told to be."""
     code = [
         compile(Path(module.__file__).read_text(), f"{module.__name__}", "exec")
         for module in (sandbox_init, sandbox_child)
         if module.__file__
     ]
-    return marshal.dumps((*code, seccomp.filter_program(), seccomp.syscall_number("seccomp")))
-
-
-def _command(limits: Limits) -> list[str]:
-    """The command line that starts a sandbox."""
-    _require("bwrap", "apt install bubblewrap")
-    prefix, python = _python()
-    seccomp.filter_program()
-    options = (
-        "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
-        "--disable-userns --die-with-parent --new-session --as-pid-1 --clearenv --cap-drop ALL "
-        "--uid 65534 --gid 65534 --hostname sandbox --proc /proc "
-        "--dev-bind /dev/null /dev/null --dev-bind /dev/zero /dev/zero --dev-bind /dev/urandom /dev/urandom "
-        f"--perms 0700 --size {limits.disk_bytes} --tmpfs /w --chdir /w --symlink /w /tmp "
-        "--setenv HOME /w --setenv LANG C.UTF-8 --setenv PYTHONDONTWRITEBYTECODE 1 "
-        "--setenv PYTHONHASHSEED 0 --setenv PYTHONUTF8 1"
-    ).split()
-    command = ["bwrap", *options, *_libraries(), *python, "--remount-ro", "/"]
-    return [*prefix, *command, "--", sys.executable and _executable(), "-s", "-S", "-P", "-c", _BOOT]
-
-
-def _libraries() -> list[str]:
-    """Shared libraries of the system, read-only, and nothing else of /usr."""
-    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
-    options: list[str] = []
-    for folder in ("/usr/lib64", f"/usr/lib/{multiarch}", "/lib64", f"/lib/{multiarch}"):
-        top = "/" + folder.split("/")[1]
-        if Path(top).is_symlink():
-            if top not in options:
-                options += ["--symlink", str(Path(top).readlink()), top]
-        elif not folder.endswith("/") and Path(folder).is_dir():
-            options += ["--ro-bind", folder, folder]
-    return options
-
-
-def _executable() -> str:
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-
-
-def _python() -> tuple[list[str], list[str]]:
-    """What goes before the command, and the options that show Python's own files, without site-packages.
-
-    The spare user need not be able to reach Python (under /root, say). Root therefore first binds
-    it to a place that everyone can reach, in a mount namespace of its own, and then changes user.
-    """
-    base, stdlib = sys.base_prefix, sysconfig.get_path("stdlib")
-    files = [_executable(), stdlib]
-    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
-        folder = sysconfig.get_config_var("LIBDIR")
-        files += [str(path) for path in Path(folder).glob("libpython*.so*")]
-    prefix: list[str] = []
-    seen_at = base
-    if os.geteuid() == 0:
-        for tool in ("unshare", "mount", "setpriv"):
-            _require(tool, "apt install util-linux")
-        seen_at = "/mnt"
-        script = (
-            f'mount --bind "$0" {seen_at} && '
-            f'exec setpriv --reuid {SPARE_USER} --regid {SPARE_USER} --clear-groups -- "$@"'
-        )
-        prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, base]
-    options: list[str] = []
-    for file in files:
-        if not file.startswith(base + "/"):
-            raise SandboxMissing(f"no sandbox: {file} of Python lies outside its prefix {base}")
-        options += ["--ro-bind", seen_at + file.removeprefix(base), file]
-    for hidden in ("site-packages", "dist-packages"):
-        if Path(stdlib, hidden).is_dir():
-            options += ["--tmpfs", f"{stdlib}/{hidden}", "--remount-ro", f"{stdlib}/{hidden}"]
-    return prefix, options
-
-
-def _require(tool: str, advice: str) -> None:
-    if shutil.which(tool) is None:
-        raise SandboxMissing(f"no sandbox: {tool} is missing; {advice}")
+    paths = [PACKAGES] if packages else []
+    setup = (seccomp.filter_program(), seccomp.syscall_number("seccomp"), paths, preload)
+    return marshal.dumps((*code, *setup))
 
 
 def _why(outcome: Outcome) -> str:

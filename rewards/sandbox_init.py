@@ -31,8 +31,10 @@ _NOTIFICATION, _NOTIFICATION_ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct(
 _EPERM = 1
 
 
-def serve(filter: bytes, seccomp_number: int, run_source: RunSource) -> None:
+def serve(filter: bytes, seccomp_number: int, paths: list[str], preload: str, run_source: RunSource) -> None:
     """Answer requests until the host closes the socket; run_source is what a forked process does with source."""
+    sys.path += paths
+    exec(preload, {})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should the machine run out of memory, this goes first
@@ -201,6 +203,7 @@ class _Program:
             "seconds": time.monotonic() - self._began,
             "cpu_s": _cpu_of_the_dead() - self._cpu_before,
             "denied": self._denied,
+            "files": bool(os.listdir(WORK)),
         }
         return header, [bytes(taken[:limit]) for taken in self._taken.values()]
 

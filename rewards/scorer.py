@@ -62,7 +62,7 @@ class Scorer:
     @property
     def width(self) -> int:
         """How many groups it can judge at the same time."""
-        return self._workers.size if any(not is_bounded(p.function) for p in self._parts) else 1
+        return self._workers.size if any(not is_bounded(p.function, None) for p in self._parts) else 1
 
     def passed(self, score: Score) -> bool | None:
         """Whether every part gives full marks (1); None if the score is None."""
@@ -105,7 +105,7 @@ class Scorer:
         return self._ask(part, task, [reference_rollout(task, i) for i in range(copies)])[0]
 
     def _ask(self, part: _Part, task: Task, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        if not is_bounded(part.function):
+        if not is_bounded(part.function, task):
             return self._workers.judge(part.cfg, task, rollouts)
         found: dict[int, Verdict] = {}
         judge(part.function, task, rollouts, found.__setitem__)

@@ -23,6 +23,8 @@ _FORBIDDEN = (
     "bpf perf_event_open userfaultfd fanotify_init kexec_load kexec_file_load init_module finit_module "
     "delete_module reboot acct syslog settimeofday clock_settime clock_adjtime adjtimex sethostname "
     "setdomainname iopl ioperm personality lookup_dcookie "
+    # the priority of process 1, which is of the same user
+    "setpriority sched_setscheduler sched_setattr sched_setparam sched_setaffinity ioprio_set "
     # keys and asynchronous calls that pass the filter by
     "add_key request_key keyctl io_uring_setup io_uring_enter io_uring_register seccomp "
     # memory that neither RLIMIT_AS nor the size of the working directory counts

@@ -27,10 +27,10 @@ def vocabulary() -> list[str]:
     words += [str(i) for i in range(arithmetic.LARGEST_TOTAL + 1)]
     words += ["sort", "these", "letters", "up", "down", *sorting.LETTERS]
     words += ["use", "tool", "who", "is", "of", "error", *lookup.RELATIONS, *lookup.NAMES]
-    words += "sql set to select from people where id update done".split()
     words += ["say", "in", "capitals", "small", "times", "okay", *phrases.WORDS]
     lexicon = [word for language in phrases.WORDS.values() for word in language]
-    return list(dict.fromkeys([*SPECIAL, *MARKS, *words, *lexicon, *(w.upper() for w in lexicon)]))
+    sql = "sql set to select from people where id update done".split()
+    return list(dict.fromkeys([*SPECIAL, *MARKS, *words, *lexicon, *(w.upper() for w in lexicon), *sql]))
 
 
 def build() -> PreTrainedTokenizerFast:
