@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from posttrain.rewards.base import Verdict, bounded, is_bounded, judge, load_reward
+from posttrain.rewards.base import Verdict, bounded_if, is_bounded, judge, load_reward
 from posttrain.schema import RewardFn, Rollout, Task
 
 _CORRECT = 1.0 - 1e-6
@@ -115,7 +115,7 @@ def _targeted(value: Callable[[int, bool], float], correct: str, args: Mapping[s
         ]
 
     base = load_reward(correct, args)
-    return bounded(reward) if is_bounded(base) else reward
+    return bounded_if(lambda task: is_bounded(base, task))(reward)
 
 
 def _made(of_group: _OfGroup, correct: str, args: Mapping[str, Any] | None) -> RewardFn:
@@ -129,7 +129,7 @@ def _made(of_group: _OfGroup, correct: str, args: Mapping[str, Any] | None) -> R
         return [values.get(i) for i in range(len(rollouts))]
 
     base = load_reward(correct, args)
-    return bounded(reward) if is_bounded(base) else reward
+    return bounded_if(lambda task: is_bounded(base, task))(reward)
 
 
 def _rights(base: RewardFn, task: Task, rollouts: Sequence[Rollout]) -> list[bool | None]:

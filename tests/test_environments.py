@@ -1,9 +1,14 @@
 """Environments: state per episode, whose fault a failure is, replay; gold scores 1 and junk 0 in every one."""
 
 import dataclasses
+import importlib
+import os
 import sqlite3
+import subprocess
+import sys
+import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -15,7 +20,7 @@ import tiny
 from test_engine import _Scripted
 from test_tasks import _jsonl
 
-from posttrain import config
+from posttrain import config, rollout_file
 from posttrain.domains import open_domains
 from posttrain.envs import corpus, database, interpreter, packages, repair, shop, wiki
 from posttrain.rewards import repair as repair_reward
@@ -27,7 +32,7 @@ from posttrain.rollouts.environment import Environment, Live, Stateless, Unavail
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Group, Message, RewardFn, Rollout, Task
-from posttrain.toy import lookup, tokenizer
+from posttrain.toy import lookup, records, tokenizer
 
 TOKENIZER = tokenizer.build()
 QUESTION = Task(id="d/1", domain="d", messages=({"role": "user", "content": "who is the boss of ann ?"},))
@@ -529,3 +534,165 @@ def _honest(task: Task) -> Iterator[Message]:
         yield {"role": "assistant", "content": f"<call> {relation} ( {person} ) </call>"}
         person = task.meta["facts"][relation][person]
     yield {"role": "assistant", "content": f"answer {person}"}
+
+
+RECIPE = """
+name = "r"
+
+[[domains]]
+name = "counting"
+tasks = "py://posttrain.toy.records:tasks?n=120"
+environment = "counting:start"
+rewards = [{ fn = "counting:turns" }]
+max_turns = 4
+max_new_tokens = 48
+num_eval = 2
+demonstrate = "posttrain.toy.records:demonstrate"
+
+[[stages]]
+name = "pretrain"
+kind = "pretrain"
+steps = 15
+tokenizer = "posttrain.toy.tokenizer:build"
+optimizer = { lr = 1e-3 }
+evaluate = false
+
+[[stages]]
+name = "convert"
+kind = "convert"
+source = "pretrain"
+index_topk = 16
+index_n_heads = 2
+index_head_dim = 32
+
+[[stages]]
+name = "rl"
+kind = "rl"
+source = "convert"
+mix = { counting = {} }
+steps = 2
+tasks_per_step = 4
+optimizer = { lr = 1e-4 }
+evaluate = false
+"""
+COUNTING = """
+import os
+
+from posttrain.rewards.base import per_rollout
+from posttrain.rollouts.environment import Unavailable
+
+
+class Counting:
+    def __init__(self, seed):
+        self.turns, self.seed = 0, seed
+
+    def step(self, text):
+        self.turns += 1
+        if self.seed % 16 == 1:
+            raise Unavailable("gone")
+        return ["done"] if self.turns < 3 else None
+
+    def outcome(self):
+        return {"turns": self.turns, "pid": os.getpid()}
+
+    def close(self):
+        pass
+
+
+def start(task, seed):
+    return Counting(seed)
+
+
+@per_rollout
+def turns(task, rollout):
+    return float(rollout.outcome["turns"])
+"""
+
+
+@pytest.mark.slow
+def test_an_environments_state_reaches_the_reward_through_ray_and_the_files(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "counting.py").write_text(COUNTING)
+    command = [sys.executable, "-m", "posttrain", "run", "recipe.toml"]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = rollout_file.read(tmp_path / "runs" / "r" / "rl")
+    assert len(saved) == 2 * 4 * 8
+    judged = [one for one in saved if one.rollout.stop != "error"]
+    for one in judged:
+        calls = sum(m["role"] == "assistant" for m in one.rollout.messages)
+        assert one.rollout.outcome["turns"] == one.score.value
+        assert one.score.value in (calls, calls - 1), "a turn that is cut off is not played"
+    assert len({one.score.value for one in judged}) > 1, "no rollout ended a turn"
+    assert {one.rollout.outcome["pid"] for one in judged} != {os.getpid()}
+    for one in saved:
+        if one.rollout.stop == "error":
+            assert one.score.value is None and "unavailable: gone" in one.score.note
+            assert one.rollout.outcome == {"error": "gone"}
+
+
+def test_the_example_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "environments.md").read_text()
+    code = guide[guide.index("    # my_safe.py") : guide.index("What it must keep to")]
+    (tmp_path / "my_safe.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    safe = importlib.import_module("my_safe")
+    task = next(safe.tasks(seed=0, n=1))
+    codes = iter(range(100))
+
+    def policy(messages: Sequence[Message]) -> str:
+        found = messages[-1]["content"] == "open"
+        return "done" if found else _turn(Call("try_code", {"code": next(codes)}))
+
+    gold = play(safe.start, task, policy, seed=0, max_turns=101)
+    junk = play(safe.start, task, _script("done"), seed=0, max_turns=101)
+    assert tools.state(task, [gold, junk]) == [1, 0]
+
+
+# ---- the small world's SQL ----
+
+
+def test_statements_of_the_small_world_are_carried_out() -> None:
+    task = next(records.tasks(seed=1, n=1))
+    chain, row = task.meta["chain"], task.meta["person"]
+    turns = []
+    for relation in chain:
+        turns.append(records.look(relation, row))
+        row = task.meta["table"][row][records.RELATIONS.index(relation)]
+    turns.append(records.change(task.meta["column"], task.meta["value"], row))
+    gold = play(records.start, task, _script(*turns, "answer done"), seed=0, max_turns=9)
+    other = (row + 1) % records.PEOPLE
+    wrong = [*turns[:-1], records.change(task.meta["column"], task.meta["value"], other), "answer done"]
+    rollouts = [
+        gold,
+        *(play(records.start, task, _script(*w), seed=0, max_turns=9) for w in (wrong, ["answer done"])),
+    ]
+    assert tools.state(task, rollouts) == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("turn", "result"),
+    [
+        ("<call> select boss from people where id = 3", ["error"]),
+        ("<call> </call>", ["error"]),
+        ("<call> select boss , friend from people where id = 3 </call>", ["error"]),
+        ("<call> select boss from people </call>", ["error"]),
+        ("<call> select boss from people where id = 99 </call>", ["error"]),
+        ("<call> delete from people </call>", ["error"]),
+        ("<call> update people set boss = 1 </call>", ["done"]),
+        ("answer done", None),
+        ("", None),
+    ],
+)
+def test_other_turns_of_the_small_world(turn: str, result: list[str] | None) -> None:
+    episode = records.start(next(records.tasks(seed=1, n=1)), 0)
+    assert episode.step(turn) == result
+    episode.close()

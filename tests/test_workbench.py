@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,7 +47,7 @@ def saved(tmp_path: Path) -> tuple[str, str]:
         Row(
             id=f"{task.id}#0.{i}",
             task=task,
-            rollout=_with(rollout(text), task_id=task.id, index=i),
+            rollout=replace(rollout(text), task_id=task.id, index=i),
             score=Score(value=0.5, parts={"exact": 0.5}),
         )
         for task, texts in zip(tasks, TEXTS, strict=False)
@@ -55,10 +55,6 @@ def saved(tmp_path: Path) -> tuple[str, str]:
     ]
     rollout_file.write(tmp_path / "stage" / "rollouts" / "step-00000.parquet", lines)
     return uri, str(tmp_path / "stage")
-
-
-def _with(given: Rollout, **changes: Any) -> Rollout:
-    return Rollout(**({name: getattr(given, name) for name in Rollout.__slots__} | changes))
 
 
 def _reward(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:

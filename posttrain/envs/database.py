@@ -59,10 +59,14 @@ def run(
         cursor = db.execute(sql)
         rows = cursor.fetchmany(MAX_ROWS + 1)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: NUL and surrogates
-        raise ToolError("the statement takes too long" if "interrupted" in str(error) else str(error)) from None
+        raise ToolError(
+            "the statement takes too long" if "interrupted" in str(error) else str(error)
+        ) from None
     finally:
         db.set_progress_handler(None, 0)
         db.set_authorizer(None)
+    if cursor.description is None and cursor.rowcount < 0:
+        raise ToolError("there is no statement")
     return [str(column[0]) for column in cursor.description or ()], rows
 
 
