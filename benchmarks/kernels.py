@@ -9,36 +9,21 @@ empties the L2 ("burst"). FLOP: forward 2 H 1088 k S, backward 2 H 2752 k S. Nex
 import argparse
 import itertools
 import json
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kernel_peers as peers
 import torch
 import triton
+from kernel_cases import KEPT, LATENT, QUERIES, ROTARY, SCALE, Case, Table, kept_keys, normal
 from torch import Tensor
 
 from posttrain.kernels import index_topk_triton as topk
 from posttrain.kernels import indexer_kl_triton as kl
+from posttrain.kernels import sparse_mla_backward_triton as mla_backward
 from posttrain.kernels import sparse_mla_triton as mla
-
-QUERIES, KEPT, LATENT, ROTARY = 4096, 2048, 512, 64
-SCALE = (LATENT + ROTARY) ** -0.5
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem: number of heads, of keys, and how the kept keys lie."""
-
-    heads: int
-    keys: int
-    kind: str
-
-    @property
-    def name(self) -> str:
-        """As it stands in tables."""
-        return f"H={self.heads} {self.keys // 1024}k {self.kind}"
 
 
 def main() -> None:
@@ -61,49 +46,9 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def median_ms(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Median milliseconds of single runs on a cold L2."""
-    run()
-    torch.cuda.synchronize()
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(200_000)  # the launches are queued while the GPU waits
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def kept_keys(case: Case, queries: int = QUERIES, kept: int = KEPT) -> Tensor:
-    """Ascending slots int32 [S, k]; the queries are the last ones."""
-    make = torch.Generator(device="cuda").manual_seed(case.keys)
-    rows = []
-    for start in range(0, queries, 64):
-        last = case.keys - queries + start  # the first query of 64 sees the keys 0 .. last
-        if case.kind == "rand":
-            near = torch.rand(64, last + 1, generator=make, device="cuda").topk(kept, dim=-1).indices
-        else:
-            half, window = kept // 2, min(4096, (last + 1) // 2)
-            near = torch.rand(64, window, generator=make, device="cuda").topk(half, dim=-1).indices
-            far = torch.rand(last + 1 - window, generator=make, device="cuda").topk(kept - half).indices
-            near = torch.cat((near + last + 1 - window, far.expand(64, -1)), -1)
-        rows.append(near.sort(dim=-1).values.int())
-    return torch.cat(rows)
-
-
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    make = torch.Generator(device="cuda").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make, device="cuda", dtype=torch.bfloat16)
-
-    q, kv = normal(QUERIES, case.heads, LATENT + ROTARY), normal(case.keys, LATENT + ROTARY)
-    return q, kv, kept_keys(case), normal(QUERIES, case.heads, LATENT)
+    q, kv = normal(QUERIES, case.heads, LATENT + ROTARY, seed=0), normal(case.keys, LATENT + ROTARY, seed=1)
+    return q, kv, kept_keys(case), normal(QUERIES, case.heads, LATENT, seed=2)
 
 
 def _reference(q: Tensor, kv: Tensor, slots: Tensor, do: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -137,7 +82,9 @@ def _gate(heads: int) -> dict[str, Any]:
     for deterministic in (False, True):
         o, lse = mla.forward(q, kv, slots, SCALE, LATENT)
         runs = [
-            mla.backward(q, kv, slots, o, lse, do, SCALE, deterministic=deterministic, with_target=True)
+            mla_backward.backward(
+                q, kv, slots, o, lse, do, SCALE, deterministic=deterministic, with_target=True
+            )
             for _ in range(5)
         ]
         found = [o, *runs[0]]
@@ -158,60 +105,64 @@ def _gate(heads: int) -> dict[str, Any]:
     return figures
 
 
-class Table:
-    """Times of one case; prints each as it comes."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.rows: dict[str, dict[str, float]] = {}
-
-    def add(self, name: str, run: Callable[[], Any], flop: float) -> None:
-        """Time one run; a launch shape that does not fit is a result, not an end."""
-        try:
-            ms = median_ms(run)
-        except Exception as error:
-            print(f"{self.case.name} {name}: {type(error).__name__} {str(error)[:90]}", flush=True)
-            return
-        rate = flop / ms / 1e9
-        self.rows[name] = {"ms": ms, "tflops": rate}
-        print(f"{self.case.name:16s} {name:40s} {ms:8.3f} ms {rate:6.0f} TFLOP/s", flush=True)
-
-
 def _mla(keys: list[int], *, tune: bool) -> dict[str, Any]:
     report: dict[str, Any] = {"gate": {f"H={h}": _gate(h) for h in (16, 64, 128)}}
     for name, figures in report["gate"].items():
         print(name, {k: f"{a:.2e} (bf16 definition {b:.2e})" for k, (a, b) in figures.items()}, flush=True)
     for heads, num, kind in itertools.product((64, 128), keys, ("loc", "rand")):
-        table = Table(Case(heads, num, kind))
-        _time_mla(table, tune=tune and kind == "loc")
-        report[table.case.name] = table.rows
+        table = Table(Case(heads, num, kind).name)
+        _time_mla(table, Case(heads, num, kind), tune=tune and kind == "loc")
+        report[table.name] = table.rows
     return report
 
 
-def _time_mla(table: Table, *, tune: bool) -> None:
-    q, kv, slots, do = _inputs(table.case)
+def _time_mla(table: Table, case: Case, *, tune: bool) -> None:
+    q, kv, slots, do = _inputs(case)
     o, lse = mla.forward(q, kv, slots, SCALE, LATENT)
-    pairs = 2.0 * table.case.heads * KEPT * QUERIES
+    pairs = 2.0 * case.heads * KEPT * QUERIES
 
-    def forward(tiles: mla.Tiles = mla.FORWARD) -> Callable[[], Any]:
+    def forward(tiles: mla.Tiles | None = None) -> Callable[[], Any]:
         return lambda: mla.forward(q, kv, slots, SCALE, LATENT, tiles)
 
     def backward(
-        tiles_q: mla.Tiles = mla.BACKWARD_Q, tiles_kv: mla.Tiles = mla.BACKWARD_KV, *, exact: bool = False
+        launch: mla_backward.Launch = mla_backward.LAUNCH, *, exact: bool = False
     ) -> Callable[[], Any]:
-        return lambda: mla.backward(
-            q, kv, slots, o, lse, do, SCALE,
-            deterministic=exact, with_target=True, tiles_q=tiles_q, tiles_kv=tiles_kv,
-        )  # fmt: skip
+        return lambda: mla_backward.backward(
+            q, kv, slots, o, lse, do, SCALE, deterministic=exact, with_target=True, launch=launch
+        )
 
-    table.add("forward", forward(), pairs * 1088)
-    table.add("backward + target", backward(), pairs * 2752)
+    sustained = not tune
+    table.add("forward", forward(), pairs * 1088, sustained=sustained)
+    table.add("backward + target", backward(), pairs * 2752, sustained=sustained)
     table.add("backward + target, deterministic", backward(exact=True), pairs * 2752)
-    if not tune:
-        return
-    for columns, keys, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (1, 2)):
-        shape = mla.Tiles(keys=keys, warps=warps, stages=stages, columns=columns)
-        table.add(f"backward kv {columns}x{keys} w{warps} s{stages}", backward(tiles_kv=shape), pairs * 2752)
+    for name, run, flop in (
+        ("FlashMLA forward", peers.flash_mla(q, kv, slots, SCALE, LATENT), 1088),
+        ("cuDNN backward", peers.cudnn_backward(q, kv, o, do, lse, slots, SCALE), 2752),
+        ("cuDNN target", peers.cudnn_target(q, kv, lse, slots, SCALE), 576),
+    ):
+        if run is not None:
+            table.add(name, run, pairs * flop, sustained=sustained)
+    if tune:
+        _tune_mla(table, case, forward, backward)
+
+
+def _tune_mla(table: Table, case: Case, forward: Any, backward: Any) -> None:
+    """Other launch shapes."""
+    pairs, base = 2.0 * case.heads * KEPT * QUERIES, mla_backward.LAUNCH
+    for keys, stages in ((64, 3), (32, 2), (32, 3)):
+        tiles = mla.Tiles(keys=keys, stages=stages)
+        table.add(f"forward {keys} keys s{stages}", forward(tiles), pairs * 1088, repeats=8)
+    shapes = {
+        "pairs": [(128, 64, 4, 3, 64), (128, 64, 4, 4, 64), (128, 64, 8, 3, 64), (256, 64, 8, 3, 64),
+                  (64, 64, 4, 4, 64), (128, 64, 8, 3, 128), (64, 64, 4, 3, 128)],
+        "dq": [(64, 128, 8, 3, 128), (64, 128, 4, 3, 128), (64, 256, 8, 3, 128), (64, 64, 4, 4, 128), (128, 128, 8, 2, 128)],
+        "dkv": [(64, 128, 4, 2, 128), (64, 128, 8, 2, 128), (64, 64, 4, 2, 128), (128, 64, 8, 2, 128), (64, 128, 4, 3, 128), (128, 128, 4, 2, 128)],
+    }  # fmt: skip
+    for part, tried in shapes.items():
+        for keys, columns, warps, stages, heads in tried:
+            shape = mla_backward.Tiles(keys, columns, warps, stages, heads)
+            name = f"{part} {keys}x{columns} w{warps} s{stages} h{heads}"
+            table.add(name, backward(replace(base, **{part: shape})), pairs * 2752, repeats=8)
 
 
 def _indexer(keys: list[int], *, tune: bool) -> dict[str, Any]:
@@ -246,7 +197,7 @@ def _indexer(keys: list[int], *, tune: bool) -> dict[str, Any]:
         )
         assert torch.equal(found[1000:2003], moved), "depends on the chunking"
         pairs = float(ends.sum())
-        table = Table(Case(64, num, "index"))
+        table = Table(Case(64, num, "index").name)
         table.add("scores + top-k bf16", lambda: topk.topk(q, k, w, begins, ends, KEPT), 2 * 64 * 128 * pairs)  # noqa: B023
         if tune:
             for block, queries, warps, stages in itertools.product((128, 256), (16, 64), (4, 8), (2, 3, 4)):
@@ -255,7 +206,7 @@ def _indexer(keys: list[int], *, tune: bool) -> dict[str, Any]:
                     f"scores {block}x{queries} w{warps} s{stages}",
                     lambda: topk.topk(q, k, w, begins, ends, KEPT, shape=shape),
                     2 * 64 * 128 * pairs,
-                )  # noqa: B023
+                )
         slots = kept_keys(Case(64, num, "loc"))
         p = torch.rand(QUERIES, KEPT, generator=make, device="cuda").softmax(-1)
         weight = torch.full((QUERIES,), 1 / QUERIES, device="cuda")
@@ -264,7 +215,7 @@ def _indexer(keys: list[int], *, tune: bool) -> dict[str, Any]:
                 f"KL and gradients{' exact' * exact}",
                 lambda: kl.indexer_kl(q, k, w, slots, p, weight, deterministic=exact),
                 6 * 64 * 128 * KEPT * QUERIES,
-            )  # noqa: B023
+            )
         if tune:
             for block, warps, stages in itertools.product((32, 64, 128), (4, 8), (1, 2, 3)):
                 shape = kl.Shape(keys=block, warps=warps, stages=stages)
@@ -272,8 +223,8 @@ def _indexer(keys: list[int], *, tune: bool) -> dict[str, Any]:
                     f"KL {block} w{warps} s{stages}",
                     lambda: kl.indexer_kl(q, k, w, slots, p, weight, deterministic=False, shape=shape),
                     6 * 64 * 128 * KEPT * QUERIES,
-                )  # noqa: B023
-        report[table.case.name] = table.rows
+                )
+        report[table.name] = table.rows
     return report
 
 

@@ -13,6 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Python put this folder on the path. transformers looks for Hugging Face's package `kernels` and would take
+# kernels.py of this folder for it.
+sys.path.remove(str(Path(__file__).parent))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:

@@ -1,18 +1,19 @@
 """Lightning-indexer scores and exact top-k in Triton, a chunk of queries at a time.
 
-Scores: I[t, s] = sum_j w[t, j] ReLU(q[t, j] . k[s]), V3.2-Exp Eq. 1. A program holds 128 keys and walks over
-queries, with keys as rows of the product and heads as columns, so that the weighted sum over heads stays inside
-a thread. The scores of one chunk are meant to stay in the L2 cache between the two kernels.
+Scores: I[t, s] = sum_j w[t, j] ReLU(q[t, j] . k[s]), V3.2-Exp Eq. 1, from bf16 or e4m3 with fp32 sums. A program
+holds a tile of keys and walks over queries, with keys as rows of the product and heads as columns, so that the
+weighted sum over heads stays inside a thread; the other programs of a multiprocessor multiply meanwhile. Tiles
+that no query may see, or whose queries keep every key, are left out. What is stored are integers in the
+order of the scores. Those of one chunk stay in the L2 cache until topk_triton.py has read them.
 
-Top-k: one program per row finds the k-th largest score bit by bit in three histograms of 11, 11 and 10 bits,
-then writes the indices in ascending order: all above it, and of those equal to it the lowest ones. There is no
-atomic and no sort, so the result is the same for every batch, chunk and launch. -0.0 counts as 0.0 and NaN as
-the lowest score. Definition: reference.index_scores, reference.select_topk. Next: README.md.
+A score depends on its query and key alone, and the order of its sum on the shapes alone: the same bits in every batch,
+chunk and launch. -0.0 counts as 0.0, NaN as the lowest score, ties go to the lowest index. Definition:
+reference.index_scores, reference.select_topk. Next: topk_triton.py.
 
-Shape letters: N queries, S keys, J indexer heads, I indexer head size, K kept, n queries of a chunk, W keys of
-a chunk's window.
+Shape letters: N queries, S keys, J indexer heads, I indexer head size, K kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels import topk_triton
+from posttrain.kernels.product_triton import dot
+
 CHUNK_BYTES = 32 << 20
 """Scores of one chunk of queries: half of an H200's L2 cache."""
+CHUNK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -30,177 +35,184 @@ class Shape:
 
     keys: int = 128
     queries: int = 32
+    """Queries of one program."""
+    columns: int = 64
+    """(query, head) pairs of one product; more than one query where it exceeds the number of heads."""
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
 
 
 SHAPE = Shape()
-ROW_BLOCK = 4096
-"""Scores that a top-k program reads at once."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Queries whose scores are in memory together, and the window of keys that they see."""
+
+    first_row: int
+    rows: int
+    first_key: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Keys begin .. end - 1 of every query, on the device as int32 [N], and the chunks, known to the host.
+
+    Made once per batch, used by every layer: nobody waits for the device.
+    """
+
+    begin_N: Tensor
+    end_N: Tensor
+    chunks: tuple[Chunk, ...]
+    num_keys: int
+    """Keys there must be at least."""
+
+
+def key_ranges(begin_N: Tensor, end_N: Tensor, device: torch.device | str) -> Ranges:
+    """Ranges from integer tensors in host memory. Neighbouring queries should have neighbouring ranges."""
+    if begin_N.device.type != "cpu" or end_N.device.type != "cpu":
+        raise ValueError("ranges are made on the host, from tensors in its memory")
+    begin_N, end_N = begin_N.to(torch.int32), end_N.to(torch.int32)
+    if begin_N.shape != end_N.shape or bool(((begin_N < 0) | (begin_N > end_N)).any()):
+        raise ValueError("a range of keys needs 0 <= begin <= end")
+    num_keys = int(end_N.max()) if len(end_N) else 0
+    return Ranges(begin_N.to(device), end_N.to(device), tuple(_chunks(begin_N, end_N)), num_keys)
+
+
+def packed(lengths: Sequence[int], device: torch.device | str) -> Ranges:
+    """Ranges of packed documents of these lengths: a query sees its document up to itself."""
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    begin_N = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return key_ranges(begin_N, torch.arange(1, len(begin_N) + 1), device)
+
+
+def _chunks(begin_N: Tensor, end_N: Tensor) -> list[Chunk]:
+    empty_N = begin_N == end_N
+    low_N, high_N = begin_N.masked_fill(empty_N, torch.iinfo(torch.int32).max), end_N.masked_fill(empty_N, 0)
+    found: list[Chunk] = []
+    first = 0
+    while first < len(begin_N):
+        part = slice(first, first + CHUNK_ROWS)
+        low, high = low_N[part].long().cummin(0).values, high_N[part].long().cummax(0).values
+        width = ((high - low).clamp(min=1) + 31) // 32 * 32
+        cells = width * torch.arange(1, len(width) + 1)
+        rows = max(1, int((cells * 4 <= CHUNK_BYTES).sum()))  # cells grow with every row
+        first_key = int(low[rows - 1]) if high[rows - 1] > low[rows - 1] else 0
+        found.append(Chunk(first, rows, first_key, int(width[rows - 1])))
+        first += rows
+    return found
 
 
 @triton.jit
+def _seen(
+    begin_ptr, end_ptr, first_row, rows, key,
+    K: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """First and last + 1 row of BQ that need the scores of BK keys from `key` on: rows that keep not all."""
+    row = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    begin = tl.load(begin_ptr + first_row + row, mask=row < rows, other=0)
+    end = tl.load(end_ptr + first_row + row, mask=row < rows, other=0)
+    sees = (begin < key + BK) & (end > key) & (end - begin > K)
+    return tl.min(tl.where(sees, row, 0x7FFFFFFF), 0), tl.max(tl.where(sees, row + 1, 0), 0)
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "first_key", "num_keys"])
 def _scores_kernel(
-    q_ptr, k_ptr, w_ptr, scores_ptr, first_row, rows, first_key, num_keys, width,
-    J: tl.constexpr, I: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr,
-    BK: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr, k_ptr, w_ptr, k_scale_ptr, keys_ptr, begin_ptr, end_ptr,
+    first_row, rows, first_key, num_keys, width,
+    J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
+    BQ: tl.constexpr, QD: tl.constexpr, SCALED: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BK keys of the window against BQ queries of the chunk."""
+    """BK keys of the window against BQ queries of the chunk, QD of them in one product."""
     at = tl.program_id(0) * BK + tl.arange(0, BK)
-    key = first_key + at
-    j, i = tl.arange(0, BJ), tl.arange(0, BI)
-    k = tl.load(
-        k_ptr + key.to(tl.int64)[:, None] * I + i[None, :],
-        mask=((at < width) & (key < num_keys))[:, None] & (i < I)[None, :], other=0.0,
-    )  # fmt: skip
-    begin = tl.program_id(1) * BQ
-    for step in tl.range(0, BQ, num_stages=STAGES):
-        local = begin + step
-        there = local < rows
-        row = first_row + local.to(tl.int64) if not INTERPRET else first_row + local
-        q = tl.load(
-            q_ptr + (row * J + j[:, None]) * I + i[None, :],
-            mask=(j < J)[:, None] & (i < I)[None, :] & there, other=0.0,
-        )  # fmt: skip
-        w = tl.load(w_ptr + row * J + j, mask=(j < J) & there, other=0.0)
-        if INTERPRET:
-            products = tl.dot(k.to(tl.float32), tl.trans(q).to(tl.float32))
-        else:
-            products = tl.dot(k, tl.trans(q))
-        score = tl.sum(tl.maximum(products, 0.0) * w[None, :], 1)
-        tl.store(scores_ptr + local * width.to(tl.int64) + at, score, mask=(at < width) & there)
-
-
-@triton.jit
-def _ordered(score):
-    """uint32 that orders as the scores do: -0.0 as 0.0, NaN lowest."""
-    score = tl.where(score == 0.0, 0.0, score)
-    bits = score.to(tl.uint32, bitcast=True)
-    flip = tl.where((bits >> 31) == 1, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
-    key = bits ^ flip
-    return tl.where(score != score, tl.zeros_like(key), key)
-
-
-@triton.jit
-def _rank(
-    scores_ptr, begin, end, prefix, wanted, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Among the keys whose higher bits are `prefix`: the digit of the wanted-th largest, and how many lie above."""
-    bins = tl.arange(0, 1 << BITS)
-    counts = tl.zeros([1 << BITS], tl.int32)
-    start = begin
-    while start < end:
-        at = start + tl.arange(0, BLOCK)
-        key = _ordered(tl.load(scores_ptr + at, mask=at < end, other=0.0))
-        if SHIFT + BITS < 32:
-            here = (at < end) & ((key >> (SHIFT + BITS)).to(tl.int32) == prefix)
-        else:
-            here = at < end
-        digit = ((key >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
-        counts += tl.histogram(digit, 1 << BITS, mask=here)
-        start += BLOCK
-    total = tl.sum(counts, 0)
-    above = total - tl.cumsum(counts, 0)  # keys with a larger digit
-    digit = tl.max(tl.where(above + counts >= wanted, bins, 0), 0)
-    # Several digits may qualify: the largest does, the smaller ones have it above them.
-    taken = tl.sum(tl.where(bins == digit, above, 0), 0)
-    return digit, taken
-
-
-@triton.jit
-def _topk_kernel(
-    scores_ptr, begin_ptr, end_ptr, out_ptr, first_row, first_key, width,
-    K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The K best keys of one row."""
-    local = tl.program_id(0).to(tl.int64)
-    row = first_row + local
-    begin = tl.load(begin_ptr + row) - first_key
-    end = tl.load(end_ptr + row) - first_key
-    scores = scores_ptr + local * width
-    out = out_ptr + row * K
-    if end - begin <= K:
-        start = 0
-        while start < K:
-            at = start + tl.arange(0, BLOCK)
-            key = tl.where(at < end - begin, first_key + begin + at, -1)
-            tl.store(out + at, key, mask=at < K)
-            start += BLOCK
-    else:
-        high, above = _rank(scores, begin, end, 0, K, 21, 11, BLOCK)
-        wanted = K - above
-        middle, above = _rank(scores, begin, end, high, wanted, 10, 11, BLOCK)
-        wanted -= above
-        prefix = (high << 11) | middle
-        low, above = _rank(scores, begin, end, prefix, wanted, 0, 10, BLOCK)
-        wanted -= above  # of the keys equal to the threshold
-        threshold = (prefix.to(tl.uint32) << 10) | low.to(tl.uint32)
-        written = 0
-        equal = 0
-        start = begin
-        while start < end:
-            at = start + tl.arange(0, BLOCK)
-            key = _ordered(tl.load(scores + at, mask=at < end, other=0.0))
-            tie = (key == threshold) & (at < end)
-            nth = equal + tl.cumsum(tie.to(tl.int32), 0)
-            keep = ((key > threshold) & (at < end)) | (tie & (nth <= wanted))
-            place = written + tl.cumsum(keep.to(tl.int32), 0) - 1
-            tl.store(out + place, first_key + at, mask=keep)
-            written += tl.sum(keep.to(tl.int32), 0)
-            equal += tl.sum(tie.to(tl.int32), 0)
-            start += BLOCK
+    group = tl.program_id(1) * BQ
+    start, stop = _seen(begin_ptr, end_ptr, first_row, rows, first_key + tl.program_id(0) * BK, K, BK, BQ)
+    if start < stop:
+        key = first_key + at
+        i = tl.arange(0, BI)
+        there = (at < width) & (key < num_keys)
+        k_at = key.to(tl.int64)[:, None] * I + i[None, :]
+        k = tl.load(k_ptr + k_at, mask=there[:, None] & (i < I)[None, :], other=0.0)
+        k_scale = tl.load(k_scale_ptr + key, mask=there, other=0.0) if SCALED else tl.zeros([BK], tl.float32)
+        nth, j = tl.arange(0, QD * BJ) // BJ, tl.arange(0, QD * BJ) % BJ
+        n = tl.arange(0, QD)
+        start = group if INTERPRET else group + (start - group) // QD * QD
+        stop = group + BQ if INTERPRET else stop
+        for local in tl.range(start, stop, QD, num_stages=STAGES):
+            head = (first_row + local) * J if INTERPRET else (first_row + local).to(tl.int64) * J
+            inside = (j < J) & (local + nth < rows)
+            mask = inside[:, None] if BI == I else inside[:, None] & (i < I)[None, :]
+            q_at = head * I + (nth * J + j)[:, None] * I + i[None, :]
+            q = tl.load(q_ptr + q_at, mask=mask, other=0.0)
+            w = tl.load(w_ptr + head + nth * J + j, mask=inside, other=0.0)
+            x = dot(k, tl.trans(q), INTERPRET)
+            part = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
+            score = tl.sum(tl.reshape(part, [BK, QD, BJ]), 2)
+            if SCALED:
+                score *= k_scale[:, None]
+            out_at = (local + n).to(tl.int64)[None, :] * width + at[:, None]
+            mask = (at < width)[:, None] & (local + n < rows)[None, :]
+            tl.store(keys_ptr + out_at, topk_triton.ordered(score), mask=mask)
 
 
 def topk(
     q_NJI: Tensor,
     k_SI: Tensor,
     w_NJ: Tensor,
-    begin_N: Tensor,
-    end_N: Tensor,
+    ranges: Ranges,
     num_kept: int,
     *,
+    k_scale_S: Tensor | None = None,
     shape: Shape = SHAPE,
+    select: topk_triton.Shape = topk_triton.SHAPE,
 ) -> Tensor:
-    """The num_kept best keys of begin .. end - 1 for every query: int32 [N, K], ascending, -1 beyond.
+    """The num_kept best keys of its range for every query: int32 [N, K], ascending, -1 beyond.
 
-    w is fp32 and carries every factor (J^-1/2, I^-1/2, scales of quantised q and k). Neighbouring queries
-    should have neighbouring ranges: the window of a chunk spans them all. Reads begin and end on the host.
+    q and k have one dtype. w is fp32 and carries every factor (J^-1/2, I^-1/2, the scales of a quantised q);
+    the scales of quantised keys, one per key (I <= 128), are k_scale, fp32.
     """
     N, J, I = q_NJI.shape
-    if k_SI.shape[1] != I or w_NJ.shape != (N, J) or w_NJ.dtype != torch.float32:
-        raise ValueError(f"q {tuple(q_NJI.shape)}, k {tuple(k_SI.shape)}, w {tuple(w_NJ.shape)} {w_NJ.dtype}")
+    _check(q_NJI, k_SI, w_NJ, ranges, k_scale_S)
     out_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_NJI.device)
-    begins, ends = begin_N.tolist(), end_N.tolist()
-    buffer: Tensor | None = None
-    first = 0
-    while first < N:
-        first_key, last_key, rows = _window(begins, ends, first)
-        width = max(1, last_key - first_key)
-        if buffer is None or buffer.numel() < rows * width:
-            buffer = torch.empty(
-                max(rows * width, CHUNK_BYTES // 4), dtype=torch.float32, device=q_NJI.device
-            )
-        grid = (triton.cdiv(width, shape.keys), triton.cdiv(rows, shape.queries))
+    work = max((c.rows * select.workspace(num_kept, c.width) for c in ranges.chunks), default=0)
+    keys = max((c.rows * c.width for c in ranges.chunks), default=0)
+    buffer = torch.empty(keys + work, dtype=torch.int32, device=q_NJI.device)
+    BJ = max(16, triton.next_power_of_2(J))
+    for chunk in ranges.chunks:
+        grid = (triton.cdiv(chunk.width, shape.keys), triton.cdiv(chunk.rows, shape.queries))
         _scores_kernel[grid](
-            q_NJI, k_SI, w_NJ, buffer, first, rows, first_key, len(k_SI), width,
-            J=J, I=I, BJ=max(16, triton.next_power_of_2(J)), BI=max(16, triton.next_power_of_2(I)),
-            BK=shape.keys, BQ=shape.queries, INTERPRET=bool(triton.knobs.runtime.interpret),
+            q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, buffer, ranges.begin_N, ranges.end_N,
+            chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
+            J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
+            BQ=shape.queries, QD=min(shape.queries, max(1, shape.columns // BJ)),
+            SCALED=k_scale_S is not None, INTERPRET=bool(triton.knobs.runtime.interpret),
             STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip
-        _topk_kernel[(rows,)](
-            buffer, begin_N, end_N, out_NK, first, first_key, width, K=num_kept, BLOCK=ROW_BLOCK, num_warps=8
-        )
-        first += rows
+        topk_triton.topk_rows(
+            buffer, ranges.begin_N, ranges.end_N, buffer[keys:], out_NK,
+            first_row=chunk.first_row, rows=chunk.rows, first_key=chunk.first_key, width=chunk.width, shape=select,
+        )  # fmt: skip
     return out_NK
 
 
-def _window(begins: list[int], ends: list[int], first: int) -> tuple[int, int, int]:
-    """First and last key of a chunk that starts at this query, and how many queries it takes."""
-    low, high = begins[first], ends[first]
-    rows = 1
-    for row in range(first + 1, len(begins)):
-        new_low, new_high = min(low, begins[row]), max(high, ends[row])
-        if (rows + 1) * (new_high - new_low) * 4 > CHUNK_BYTES:
-            break
-        low, high, rows = new_low, new_high, rows + 1
-    return low, high, rows
+def _check(q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, ranges: Ranges, k_scale_S: Tensor | None) -> None:
+    N, J, I = q_NJI.shape
+    if k_SI.shape[1] != I or k_SI.dtype != q_NJI.dtype or w_NJ.shape != (N, J) or w_NJ.dtype != torch.float32:
+        raise ValueError(
+            f"q {tuple(q_NJI.shape)} {q_NJI.dtype}, k {tuple(k_SI.shape)} {k_SI.dtype} and "
+            f"w {tuple(w_NJ.shape)} {w_NJ.dtype} do not fit together"
+        )
+    if len(ranges.begin_N) != N or ranges.num_keys > len(k_SI):
+        raise ValueError(
+            f"ranges of {len(ranges.begin_N)} queries over {ranges.num_keys} keys, but there are {N} and {len(k_SI)}"
+        )
+    if (q_NJI.element_size() == 1) != (k_scale_S is not None):
+        raise ValueError("quantised keys need scales, others have none")
+    if k_scale_S is not None and (
+        k_scale_S.shape != (len(k_SI),) or k_scale_S.dtype != torch.float32 or I > 128
+    ):
+        raise ValueError(f"scales {tuple(k_scale_S.shape)} {k_scale_S.dtype} of {len(k_SI)} keys of size {I}")
+    for name, tensor in (("q", q_NJI), ("k", k_SI), ("w", w_NJ)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")

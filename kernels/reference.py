@@ -34,6 +34,19 @@ def index_scores(q_BQJI: Tensor, k_BLI: Tensor, w_BQJ: Tensor) -> Tensor:
     return scores_BQL
 
 
+def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., I] as float8_e4m3fn and one fp32 scale per row [...], a power of two (ue8m0): x is about e4m3 * scale.
+
+    The scale is the least power of two with which no element exceeds 448, the largest e4m3 number, and none
+    is below 2^-23: rows of zeros. A row that is not finite has the scale NaN.
+    """
+    largest = x.float().abs().amax(-1).clamp(min=448 * 2.0**-23)
+    mantissa, exponent = torch.frexp(largest / 448)  # mantissa in [0.5, 1)
+    scale = torch.exp2((exponent - (mantissa == 0.5).int()).float())
+    scale = torch.where(largest.isfinite(), scale, float("nan"))
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
 def select_topk(scores_BQL: Tensor, mask_BQL: Tensor, k: int) -> Tensor:
     """Indices of the k best allowed keys, ordered (score descending, index ascending), returned ascending.
 

@@ -4,17 +4,23 @@ Odd sizes, missing entries at the end and in between, empty rows, duplicates, po
 outputs and workspaces that start as NaN.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from posttrain.kernels import index_topk_triton as index_topk
 from posttrain.kernels import indexer_kl_triton as indexer_kl
 from posttrain.kernels import reference
+from posttrain.kernels import sparse_mla_backward_triton as sparse_mla_backward
 from posttrain.kernels import sparse_mla_triton as sparse_mla
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3
 NAN = float("nan")
+TILES = sparse_mla.Tiles(heads=16, keys=16, warps=4, stages=1)
+_SMALL = sparse_mla_backward.Tiles(keys=16, columns=16, warps=4, stages=1, heads=16)
+LAUNCH = sparse_mla_backward.Launch(pairs=_SMALL, dq=_SMALL, dkv=_SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +70,7 @@ SIZES = {
     "odd": (9, 5, 24, 8, 20, 40),
     "one head": (7, 1, 10, 6, 5, 33),
     "two tiles of heads": (5, 19, 16, 16, 33, 70),
+    "heads as rows": (6, 40, 16, 16, 33, 70),
 }
 
 
@@ -75,17 +82,18 @@ def test_sparse_mla(
     monkeypatch: pytest.MonkeyPatch, num: int, heads: int, value: int, rotary: int, kept: int, keys: int,
     deterministic: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sparse_mla, "WORKSPACE_BYTES", 2 * 4 * heads * kept * 4)  # four queries at a time
+    monkeypatch.setattr(
+        sparse_mla_backward, "WORKSPACE_BYTES", 2 * 4 * heads * kept * 4
+    )  # four queries at a time
     q, kv, do = _random(num, heads, value + rotary, seed=0), _random(keys, value + rotary, seed=1), None
     slots = _slots(num, kept, keys)
     kv[0] = NAN
     do = _random(num, heads, value, seed=2)
-    tiles = sparse_mla.Tiles(heads=16, keys=16, warps=4, stages=1)
+    tiles = replace(TILES, heads=64) if heads > 32 else TILES
     out, lse = sparse_mla.forward(q, kv, slots, SCALE, value, tiles)
-    dq, dkv, target = sparse_mla.backward(
-        q, kv, slots, out, lse, do, SCALE,
-        deterministic=deterministic, with_target=True, tiles_q=tiles, tiles_kv=tiles,
-    )  # fmt: skip
+    dq, dkv, target = sparse_mla_backward.backward(
+        q, kv, slots, out, lse, do, SCALE, deterministic=deterministic, with_target=True, launch=LAUNCH
+    )
     exact_q, exact_kv = q.double().requires_grad_(), kv.double().nan_to_num(0.0).requires_grad_()
     wanted, probs = _definition(exact_q, exact_kv, slots, value)
     wanted.backward(do.double())
@@ -105,26 +113,16 @@ def test_sparse_mla(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
-def test_a_gradient_that_is_not_finite_is_not_hidden_by_integers() -> None:
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+def test_a_gradient_that_is_not_finite_shows(deterministic: bool) -> None:
     q, kv, do = _random(3, 2, 12, seed=0), _random(9, 12, seed=1), _random(3, 2, 8, seed=2)
     slots = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int32, device=DEVICE)
     do[1, 0, 0] = float("inf")
-    tiles = sparse_mla.Tiles(heads=16, keys=16, warps=4, stages=1)
-    out, lse = sparse_mla.forward(q, kv, slots, SCALE, 8, tiles)
-    _, dkv, _ = sparse_mla.backward(
-        q,
-        kv,
-        slots,
-        out,
-        lse,
-        do,
-        SCALE,
-        deterministic=True,
-        with_target=False,
-        tiles_q=tiles,
-        tiles_kv=tiles,
+    out, lse = sparse_mla.forward(q, kv, slots, SCALE, 8, TILES)
+    _, dkv, _ = sparse_mla_backward.backward(
+        q, kv, slots, out, lse, do, SCALE, deterministic=deterministic, with_target=False, launch=LAUNCH
     )
-    assert dkv.isnan().any()
+    assert not dkv[3:5].isfinite().all() and dkv[[1, 2, 5, 6]].isfinite().all()
 
 
 def test_sparse_mla_refuses_what_does_not_fit() -> None:

@@ -1,0 +1,13 @@
+"""Matrix product for Triton kernels that also run in its interpreter, where a product of bf16 is silently wrong.
+
+See github.com/triton-lang/triton/issues/11584. Next: indexer_kl_triton.py.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, INTERPRET: tl.constexpr):
+    """a @ b with fp32 sums; `acc += dot(...)` becomes one instruction."""
+    return tl.dot(a.to(tl.float32), b.to(tl.float32)) if INTERPRET else tl.dot(a, b)

@@ -1,0 +1,112 @@
+"""What a query adds to its entries in the backward pass of sparse attention, on Hopper: in Gluon.
+
+The kernel `_dkv_kernel` of sparse_mla_backward_triton.py with the order of work written down: while the tensor
+cores multiply a tile, the gradients of the tile before it leave for memory straight from the registers that they
+were summed in, and the tile after it arrives. Compiled only, as sparse_mla_gluon.py. Next: README.md.
+
+Shape letters as in sparse_mla_triton.py.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from posttrain.kernels.sparse_mla_gluon import barrier, row_layout, row_slots
+
+KEYS = 128
+COLUMNS = 128
+WARPS = 8
+
+
+@gluon.jit
+def _copy(work_row, start, smem, W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, BK: gl.constexpr):
+    """Start the copy of W columns of dS | P of BK kept entries."""
+    layout: gl.constexpr = row_layout(W)
+    # Beyond the row's end anything will do: nothing of it is added.
+    at = gl.minimum(start + gl.arange(0, BK, layout=gl.SliceLayout(1, layout)), K - 1)
+    w = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
+    async_copy.async_copy_global_to_shared(smem, work_row + at[:, None] * (2 * H) + w[None, :])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _add(
+    dkv_ptr, grad, slots_row, first, start, num_slots, c,
+    E: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Add the gradients of a tile to their entries, or write them to their rows of the chunk's table."""
+    slots = row_slots(slots_row, start, num_slots, -1, K, BK, gl.SliceLayout(1, layout))
+    mask = (slots >= 0)[:, None]
+    if ROWS:
+        at = first + start + gl.arange(0, BK, layout=gl.SliceLayout(1, layout))
+        gl.store(dkv_ptr + at[:, None] * E + c[None, :], grad.to(dkv_ptr.dtype.element_ty), mask=mask)
+    else:
+        target = dkv_ptr + slots.to(gl.int64)[:, None] * E + c[None, :]
+        gl.atomic_add(target, grad, mask=mask, sem="relaxed")
+
+
+@gluon.jit
+def dkv_kernel(
+    q_ptr, slots_ptr, do_ptr, work_ptr, dkv_ptr, num_slots, first_row,
+    H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, KB: gl.constexpr,
+    BC: gl.constexpr, BK: gl.constexpr, VALUE: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """One query, BC columns: [dS | P]^T [Q | dO] for latent ones (VALUE), dS^T Q for rotary ones."""
+    E: gl.constexpr = R + P
+    W: gl.constexpr = 2 * H if VALUE else H
+    BLOCKS: gl.constexpr = (R if VALUE else P) // BC
+    out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BC, 16])
+    smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    local = (gl.program_id(0) // BLOCKS).to(gl.int64)
+    row = first_row + local
+    column = (0 if VALUE else R) + gl.program_id(0) % BLOCKS * BC
+    slots_row = slots_ptr + row * K
+    work_row = work_ptr + local * (K * 2 * H)
+
+    head_rows: gl.constexpr = row_layout(BC)
+    h = gl.arange(0, H, layout=gl.SliceLayout(1, head_rows))
+    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, head_rows))
+    q_do_smem = gl.allocate_shared_memory(dtype, [W, BC], smem)
+    q_at = q_ptr + (row * H + h)[:, None] * E + c[None, :]
+    async_copy.async_copy_global_to_shared(q_do_smem.slice(0, H, 0), q_at)
+    if VALUE:
+        do_at = do_ptr + (row * H + h)[:, None] * R + c[None, :]
+        async_copy.async_copy_global_to_shared(q_do_smem.slice(H, H, 0), do_at)
+    work_smem = gl.allocate_shared_memory(dtype, [2, BK, W], smem)
+    _copy(work_row, 0, work_smem.index(0), W, H, K, BK)
+    _copy(work_row, BK, work_smem.index(1), W, H, K, BK)
+
+    line: gl.constexpr = gl.BlockedLayout([KB // 256], [32], [8], [0])
+    places = gl.arange(0, KB, layout=line)
+    every = row_slots(slots_row, 0, num_slots, -1, K, KB, line)
+    tiles = gl.cdiv(gl.max(gl.where(every >= 0, places + 1, 0), 0), BK)
+
+    zero = gl.zeros([BK, BC], gl.float32, out)
+    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, out))
+    async_copy.wait_group(1)
+    fence_async_shared()
+    even = warpgroup_mma(work_smem.index(0), q_do_smem, zero, use_acc=False, is_async=True)
+    # Two tiles a turn, in registers of their own: ptxas would not overlap them otherwise.
+    for tile in range(0, tiles, 2):
+        async_copy.wait_group(0)
+        grad = warpgroup_mma_wait(0, deps=[even])
+        barrier()  # all warps are done with the even tile, and have what they copied of the odd one
+        fence_async_shared()
+        _copy(work_row, (tile + 2) * BK, work_smem.index(0), W, H, K, BK)
+        odd = warpgroup_mma(work_smem.index(1), q_do_smem, zero, use_acc=False, is_async=True)
+        _add(dkv_ptr, grad, slots_row, local * K, tile * BK, num_slots, c, E, K, BK, ROWS, out)
+        async_copy.wait_group(0)
+        grad = warpgroup_mma_wait(0, deps=[odd])
+        barrier()
+        fence_async_shared()
+        _copy(work_row, (tile + 3) * BK, work_smem.index(1), W, H, K, BK)
+        even = warpgroup_mma(work_smem.index(0), q_do_smem, zero, use_acc=False, is_async=True)
+        _add(dkv_ptr, grad, slots_row, local * K, (tile + 1) * BK, num_slots, c, E, K, BK, ROWS, out)
+    async_copy.wait_group(0)
+    warpgroup_mma_wait(0, deps=[even])

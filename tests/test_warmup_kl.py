@@ -1,0 +1,104 @@
+"""The dense warm-up loss in Triton against its definition in fp64: in the interpreter without a GPU, compiled with one."""
+
+import pytest
+import torch
+
+from posttrain.kernels import dense_probs_triton, index_topk_triton, reference, warmup_kl_triton
+from posttrain.kernels.warmup_kl_triton import Attention, Shape, Shapes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = [11, 1, 24]
+HEADS, OWN, ROTARY, INDEX_HEADS, INDEX_SIZE = 3, 10, 6, 5, 12
+SMALL = Shapes(
+    probs=dense_probs_triton.Tiles(queries=16, keys=16, warps=4, stages=1),
+    scores=Shape(keys=16, queries=4, warps=4, stages=1),
+    grad_q=Shape(keys=16, queries=2, warps=4, stages=1),
+    grad_k=Shape(keys=16, queries=2, warps=4, stages=1),
+)
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated without a value is NaN; chunks and segments are small."""
+    make = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        out: torch.Tensor = make(self, *args, **kwargs)  # type: ignore[arg-type,call-overload]
+        return out.fill_(NAN if out.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(warmup_kl_triton, "SEGMENT", 16)
+    monkeypatch.setattr(warmup_kl_triton, "PROGRAMS", 4)
+
+
+def _random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def _inputs(lengths: list[int]) -> tuple[Attention, list[torch.Tensor], torch.Tensor]:
+    """The attention, q, k, w of the indexer and the weights of the queries' losses; keys 0 .. S - 1, one NaN beyond."""
+    total = sum(lengths)
+    q, kv = _random(total, HEADS, OWN + ROTARY, seed=0), _random(total + 1, HEADS, OWN + 4, seed=1)
+    k_rot, index_k = _random(total + 1, ROTARY, seed=2), _random(total + 1, INDEX_SIZE, seed=3)
+    for tensor in (kv, k_rot, index_k):
+        tensor[total] = NAN
+    index_q, w = _random(total, INDEX_HEADS, INDEX_SIZE, seed=4), _random(total, INDEX_HEADS, seed=5)
+    weight = torch.rand(total, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    lse = torch.full((total, HEADS), NAN, device=DEVICE)
+    return Attention(q, kv[..., :OWN], k_rot, lse, 0.3), [index_q, index_k, w], weight
+
+
+def _definition(
+    attention: Attention, index: list[torch.Tensor], weight: torch.Tensor, lengths: list[int]
+) -> list[torch.Tensor]:
+    """KL, dq, dk, dw document by document in fp64; the definition takes one key for all heads, so head by head."""
+    leaves = [x.double().nan_to_num(0.0).requires_grad_() for x in index]
+    parts, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        mask = reference.causal_mask(torch.arange(length, device=DEVICE)[None], length)
+        rotary = attention.k_rot_SP[part].double()
+        p = sum(
+            reference.dense_probs(
+                attention.q_NHE[None, part, h : h + 1].double(),
+                torch.cat((attention.k_SHC[part, h].double(), rotary), -1)[None], mask, attention.scale,
+            )
+            for h in range(HEADS)
+        )  # fmt: skip
+        assert isinstance(p, torch.Tensor)
+        q, k, w = (x[None, part] for x in leaves)
+        products = torch.einsum("bqji,bki->bqjk", q, k).relu()
+        scores = torch.einsum("bqjk,bqj->bqk", products, w)
+        parts.append(reference.indexer_kl(p / HEADS, scores, mask)[0])
+        start += length
+    kl = torch.cat(parts)
+    grads = torch.autograd.grad((kl * weight.double()).sum(), leaves)
+    return [kl.detach(), grads[0], grads[1], grads[2]]
+
+
+def _ranges(lengths: list[int]) -> index_topk_triton.Ranges:
+    return index_topk_triton.packed(lengths, DEVICE)
+
+
+def _with_lse(attention: Attention, ranges: index_topk_triton.Ranges) -> Attention:
+    lse = dense_probs_triton.attention_lse(
+        attention.q_NHE, attention.k_SHC, attention.k_rot_SP, ranges, attention.scale, tiles=SMALL.probs
+    )
+    return Attention(attention.q_NHE, attention.k_SHC, attention.k_rot_SP, lse, attention.scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cells", [32 * 9, 8 << 20], ids=["many chunks", "one chunk"])
+def test_value_and_gradients_over_packed_documents(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(index_topk_triton, "CHUNK_BYTES", 4 * cells)
+    attention, index, weight = _inputs(LENGTHS)
+    ranges = _ranges(LENGTHS)
+    assert (len(ranges.chunks) > 1) == (cells < 1000)
+    found = warmup_kl_triton.warmup_kl(_with_lse(attention, ranges), *index, ranges, weight, shapes=SMALL)
+    for name, ours, true in zip(
+        ("kl", "dq", "dk", "dw"), found, _definition(attention, index, weight, LENGTHS), strict=True
+    ):
+        torch.testing.assert_close(
+            ours.double(), true, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
