@@ -95,8 +95,8 @@ def _send(header: dict[str, Any], *payloads: bytes) -> None:
 
 def _inside(path: str) -> str:
     """The absolute path of a file in the working directory; PermissionError if it lies elsewhere."""
-    full = os.path.realpath(os.path.join(WORK, path))
-    if "\0" in path or os.path.commonpath([full, WORK]) != WORK or full == WORK:
+    full = "" if "\0" in path else os.path.realpath(os.path.join(WORK, path))
+    if not full.startswith(f"{WORK}/"):
         raise PermissionError(f"{path!r} leads out of the working directory")
     return full
 
@@ -109,7 +109,9 @@ def _write(request: dict[str, Any]) -> None:
 def _put(path: str, content: bytes) -> None:
     full = _inside(path)
     os.makedirs(os.path.dirname(full), exist_ok=True)
-    with open(full, "wb") as file:
+    # What a program left there may be a FIFO, which would keep us waiting.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_NOFOLLOW
+    with open(os.open(full, flags, 0o600), "wb") as file:
         file.write(content)
 
 
@@ -128,10 +130,12 @@ def _read(request: dict[str, Any]) -> None:
 
 def _run(request: dict[str, Any], listener: int, run_source: RunSource) -> None:
     """Run one program and report. The nonce is read when the program has been forked, so it cannot know it."""
-    for path, content in request["files"].items():
-        _put(path, base64.b64decode(content))
-    run = _Program(request, listener, run_source)
-    nonce = _receive()["nonce"]
+    try:
+        for path, content in request["files"].items():
+            _put(path, base64.b64decode(content))
+        run = _Program(request, listener, run_source)
+    finally:
+        nonce = _receive()["nonce"]
     run.supervise()
     exits = _kill_everything()
     run.drain()

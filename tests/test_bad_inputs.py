@@ -1,10 +1,14 @@
 """Thirty things that a model's output must not do. Each has one outcome, leaves nothing behind and no neighbour hurt.
 
-Programs run in the sandbox; texts go to the rewards; files go to the loaders. The slow test repeats all
-programs ten times in random order, four at the same time.
+Programs (1 to 24, 30) run in the sandbox; texts (25 to 27, 30) go to the rewards; files (29) go to the loaders. Tool
+results with forged marks (28) are the chat format's business. The slow tests repeat all programs ten times in
+random order, four at the same time, in sandboxes used once and in sandboxes that run one program after another.
 """
 
+import contextlib
+import json
 import os
+import pickle
 import random
 import socket
 import time
@@ -15,10 +19,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_rewards import rollout, task
 
+from posttrain import config
+from posttrain.rewards import answer, gym, program
+from posttrain.rewards.base import Verdict, judge
 from posttrain.rewards.bubblewrap import Bubblewrap
 from posttrain.rewards.sandbox import Call, Limits, Outcome, Program
 from posttrain.rewards.sandbox_command import SPARE_USER
+from posttrain.rewards.scorer import Scorer
+from posttrain.schema import RewardFn, Task
+from posttrain.tasks import load_tasks
 
 MIB = 1 << 20
 LIMITS = Limits(
@@ -100,7 +111,7 @@ PROGRAMS = [
     Bad(
         8,
         "memory of many processes",
-        "import os, time\nfor _ in range(8): os.fork()if os.getpid() == 2 else 0\nx = b'x' * (60 << 20)\ntime.sleep(1000)",
+        "import os, time\nme = os.getpid()\nfor _ in range(8): os.getpid() == me and os.fork()\nx = b'x' * (60 << 20)\ntime.sleep(1000)",
         "memory",
     ),
     Bad(9, "10 GB of stdout", "while True: print('x' * 10_000)", "output"),
@@ -278,9 +289,16 @@ IDS = [f"{bad.number}-{bad.name.replace(' ', '-')}" for bad in PROGRAMS]
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bubblewrap]:
+    with _sandbox(tmp_path_factory, uses=1) as sandbox:
+        yield sandbox
+
+
+@contextlib.contextmanager
+def _sandbox(tmp_path_factory: pytest.TempPathFactory, *, uses: int) -> Iterator[Bubblewrap]:
+    """Sandboxes on a host with secrets; nothing of theirs is left in the end."""
     os.environ["POSTTRAIN_SECRET"] = SECRET
     (tmp_path_factory.mktemp("host") / "secret").write_text(SECRET)
-    sandbox = Bubblewrap(LIMITS, warm=4)
+    sandbox = Bubblewrap(LIMITS, warm=4, uses=uses)
     yield sandbox
     sandbox.close()
     del os.environ["POSTTRAIN_SECRET"]
@@ -300,7 +318,8 @@ def port() -> Iterator[int]:
 
 def _left_processes() -> list[psutil.Process]:
     """What descends from us, or ran in a sandbox whose parent is gone."""
-    ours = [c for c in psutil.Process().children(recursive=True) if "bwrap" in " ".join(c.cmdline())]
+    size = str(LIMITS.disk_bytes)  # in the command line of our sandboxes, not of the rewards' own
+    ours = [c for c in psutil.Process().children(recursive=True) if size in c.cmdline()]
     lost = [
         p
         for p in psutil.process_iter(["ppid", "uids"])
@@ -339,7 +358,15 @@ def test_a_bad_program_has_its_outcome_and_its_neighbour_keeps_its_own(
 
 
 @pytest.mark.slow
-def test_ten_shuffled_repeats_four_at_a_time(box: Bubblewrap, port: int) -> None:
+@pytest.mark.parametrize("uses", [1, 1000], ids=["used once", "used again"])
+def test_ten_shuffled_repeats_four_at_a_time(
+    tmp_path_factory: pytest.TempPathFactory, port: int, uses: int
+) -> None:
+    with _sandbox(tmp_path_factory, uses=uses) as box:
+        _repeat(box, port)
+
+
+def _repeat(box: Bubblewrap, port: int) -> None:
     for repeat in range(10):
         order: list[Bad | None] = [*PROGRAMS, *[None] * len(PROGRAMS)]
         random.Random(repeat).shuffle(order)
@@ -352,3 +379,155 @@ def test_ten_shuffled_repeats_four_at_a_time(box: Bubblewrap, port: int) -> None
 
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(one, order))
+
+
+# ---- sessions ----
+
+
+def test_paths_that_lead_out_of_a_session_are_refused(box: Bubblewrap) -> None:
+    with box.session() as session:
+        assert session.run(
+            Program(source="import os; os.symlink('/', '/w/root'); os.symlink('/usr', '/w/usr')")
+        )
+        for path in ("../etc/passwd", "/etc/passwd", "root/proc/1/environ", "usr/lib", "", ".", "a\x00b"):
+            with pytest.raises(ValueError, match="Error"):
+                session.read(path)
+            with pytest.raises(ValueError, match="Error"):
+                session.write(path, MARK)
+        with pytest.raises(ValueError, match="PermissionError"):
+            session.run(Program(source="", files={"../out": MARK}))
+        session.run(Program(source="import os; os.mkfifo('/w/fifo')"))
+        with pytest.raises(ValueError, match="OSError"):
+            session.write("fifo", MARK)
+        session.write("pkg/a.py", "x = 1")
+        assert session.run(Program(source="import pkg.a; print(pkg.a.x)")).stdout == "1\n"
+        assert session.read("pkg/a.py") == b"x = 1"
+
+
+def test_a_session_keeps_files_and_no_processes(box: Bubblewrap) -> None:
+    daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(99)\nopen('kept', 'w').write('1')"
+    count = "import os; print(sum(name.isdigit() for name in os.listdir('/proc')), open('kept').read())"
+    with box.session() as session:
+        assert session.run(Program(source=daemon)).status == "ok"
+        assert session.run(Program(source=count)).stdout == "2 1\n", "process 1 and the program"
+        assert session.run(Program(source="while True: pass")).status == "timeout"
+        assert session.run(Program(source=count)).stdout == "2 1\n"
+
+
+# ---- texts ----
+
+
+def _score(reward: RewardFn, given: Task, *texts: str) -> list[float | None]:
+    found: dict[int, Verdict] = {}
+    judge(reward, given, [rollout(text) for text in texts], found.__setitem__)
+    return [found[i].value for i in range(len(texts))]
+
+
+def test_25_visible_answers_learned_by_heart_score_nothing() -> None:
+    tests = [{"stdin": "2", "stdout": "4", "visible": True}, {"stdin": "3", "stdout": "9"}]
+    given = task(meta={"tests": tests})
+    assert _score(program.passed, given, "print(4)", "print(int(input()) ** 2)") == [0, 1]
+
+
+WALK = "().__class__.__base__.__subclasses__()[0].__init__.__globals__['os'].system('touch {mark}')"
+CODE = [
+    "__import__('os').system('touch {mark}')",
+    WALK,
+    "open('{mark}', 'w')",
+    "eval(\"open('{mark}', 'w')\")",
+]
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_26_an_answer_that_is_code_is_text(code: str, tmp_path: Path) -> None:
+    mark = tmp_path / MARK
+    text = code.replace("{mark}", str(mark))
+    answers = [text, f"\\boxed{{{text}}}", f"\\text{{{text}}}"]
+    assert _score(answer.math, task(answer="0"), *answers) == [0, 0, 0]
+    for name in sorted(gym.OWN):
+        metadata = {"numbers": [1], "target": 0, "variables": ["x"], "variable": "x", "integrand": "0"}
+        entry = {"answer": "0", "metadata": metadata | {"valid_answers": ["0"]}}
+        given = task(answer="0", meta={"dataset": name, "entry": entry})
+        assert _score(gym.score, given, *answers) == [0, 0, 0]
+    assert not mark.exists()
+
+
+@pytest.mark.slow
+def test_27_an_answer_without_end_or_bottom_is_wrong() -> None:
+    texts = ["10^{10^{10^{10}}}", "9" * 300 + "!", "(" * 10**5 + ")" * 10**5, "[" * 200 + "1" + "]" * 200]
+    began = time.monotonic()
+    assert _score(answer.math, task(answer="1"), *texts) == [0, 0, 0, 0]
+    assert time.monotonic() - began < 25
+    assert _score(answer.math, task(answer="x + 1"), "1 + x") == [1], "the next one is judged"
+
+
+STRANGE = [
+    "\ud800",
+    "\x00",
+    "\u202e123",
+    "e" + "\u0301" * 10**6,
+    b"\xff\xfe".decode(errors="surrogateescape"),
+]
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=["surrogate", "NUL", "right to left", "marks", "no UTF-8"])
+def test_30_strange_text_is_wrong_and_its_record_stays_valid(text: str) -> None:
+    given = task(
+        answer="1",
+        meta={
+            "tests": [{"stdin": "", "stdout": "1"}],
+            "schema": {"type": "integer"},
+            "rubric": [{"kind": "equals", "text": "1"}],
+            "dataset": "chain_sum",
+            "entry": {"answer": "1", "metadata": {}},
+        },
+    )
+    rewards = [
+        "answer:exact",
+        "answer:math",
+        "program:passed",
+        "json_answer:valid",
+        "rubric:strict",
+        "gym:score",
+    ]
+    scorer = Scorer([config.Reward(fn=f"posttrain.rewards.{name}") for name in rewards])
+    (score,) = scorer.score(given, [rollout(f"answer {text}")])
+    assert set(score.parts.values()) == {0.0}, score
+    assert json.loads(json.dumps(score.note)) == score.note
+
+
+# ---- files ----
+
+
+class _Bomb:
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.system, (f"touch {self._mark}",)
+
+
+def test_29_pickles_and_configs_that_call_things_are_refused(tmp_path: Path) -> None:
+    from posttrain.model import checkpoint
+
+    mark = tmp_path / MARK
+    for name in ("tasks.pkl", "tasks.parquet", "tasks.jsonl"):
+        (tmp_path / name).write_bytes(pickle.dumps(_Bomb(mark)))
+        with pytest.raises(ValueError, match="tasks"):
+            list(load_tasks(str(tmp_path / name), domain="d", seed=0))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "deepseek_v32", "num_hidden_layers": 1}')
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(mark)))
+    with pytest.raises(OSError, match="safetensors"):
+        checkpoint.load(folder)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'name = "x"\n_target_ = "os.system"\n[[stages]]\nname = "a"\nkind = "export"\nsource = "./b"\n'
+    )
+    with pytest.raises(ValueError, match="_target_: unknown key"):
+        config.load([recipe])
+    recipe.write_text("name: !!python/object/apply:os.system ['touch x']")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        config.load([recipe])
+    assert not mark.exists()
