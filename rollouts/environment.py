@@ -10,6 +10,8 @@ Whose fault a failure is decides what it is worth, so that no policy can drop a 
 that `step` or `outcome` raises, the policy's text has brought about (stop = "crash", worth 0).
 """
 
+import functools
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,18 +95,29 @@ class Live:
 
     def end(self, why: Stop | Failed) -> tuple[Stop, dict[str, Any]]:
         """How the rollout ended and with which outcome; a failure's outcome is its reason."""
-        outcome: dict[str, Any] | Failed
-        if isinstance(why, Failed):
-            outcome, stop = why, why.stop
-        else:
-            episode = self._started()
-            outcome = episode if isinstance(episode, Failed) else _guard(episode.outcome, "crash")
-            stop = why
+        failed = why if isinstance(why, Failed) else None
+        outcome: dict[str, Any] = {}
+        if failed is None:
+            found = self._outcome()
+            failed, outcome = (found, {}) if isinstance(found, Failed) else (None, found)
         if self._episode is not None:
-            self._episode.close()
-        return (
-            (outcome.stop, {outcome.stop: outcome.reason}) if isinstance(outcome, Failed) else (stop, outcome)
-        )
+            closed = _guard(self._episode.close, "crash")
+            failed = failed or (closed if isinstance(closed, Failed) else None)
+        if failed is not None:
+            return failed.stop, {failed.stop: failed.reason}
+        assert not isinstance(why, Failed), "handled above"
+        return why, outcome
+
+    def _outcome(self) -> dict[str, Any] | Failed:
+        episode = self._started()
+        if isinstance(episode, Failed):
+            return episode
+        outcome = _guard(episode.outcome, "crash")
+        try:
+            json.dumps(outcome if not isinstance(outcome, Failed) else None)
+        except (TypeError, ValueError) as error:
+            return Failed("error", f"the outcome is no plain JSON data: {error}")
+        return outcome
 
     def _started(self) -> Episode | Failed:
         if self._episode is None:
@@ -119,21 +132,20 @@ def step_all(turns: Sequence[tuple[Live, str]]) -> list[Sequence[str] | Failed |
     """One step of several episodes, in order; side by side, since a tool may run a program."""
     if len(turns) < 2:
         return [live.step(text) for live, text in turns]
-    with ThreadPoolExecutor(min(len(turns), 2 * (os.cpu_count() or 1))) as threads:
-        return list(threads.map(lambda turn: turn[0].step(turn[1]), turns))
+    return list(_threads().map(lambda turn: turn[0].step(turn[1]), turns))
 
 
 def play(environment: Environment, task: Task, policy: Policy, *, seed: int, max_turns: int) -> Rollout:
     """Let a scripted policy act, without a model or tokens: for solvers, junk and tests of an environment."""
     live, messages = Live(environment, task, seed), list[Message]()
-    ended: Stop | Failed | None = None
+    ended: Stop | Failed | None = None if max_turns else "turns"
     while ended is None:
         text = policy([*task.messages, *messages])
         messages.append({"role": "assistant", "content": text})
         results = live.step(text)
         if isinstance(results, Failed):
             ended = results
-        elif results is None:
+        elif not results:
             ended = "eos"
         elif sum(m["role"] == "assistant" for m in messages) >= max_turns:
             ended = "turns"
@@ -156,11 +168,19 @@ def play(environment: Environment, task: Task, policy: Policy, *, seed: int, max
 def replay(environment: Environment, task: Task, rollout: Rollout, *, seed: int) -> Rollout:
     """The rollout's assistant turns played again: equal messages and outcome, or the environment is not fit.
 
-    Its turns are those of rollout.messages; tokens and log-probs are left out.
+    A last turn that was cut off was not played and is left out; so are tokens and log-probs.
     """
     turns = [str(m["content"]) for m in rollout.messages if m["role"] == "assistant"]
+    if rollout.stop == "length" and rollout.messages[-1]["role"] == "assistant":
+        turns.pop()
     following = iter(turns)
     return play(environment, task, lambda _: next(following), seed=seed, max_turns=len(turns))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """The threads of this process; more than cores, since a step may wait for a program."""
+    return ThreadPoolExecutor(2 * (os.cpu_count() or 1), thread_name_prefix="environment")
 
 
 class _ToolEpisode:

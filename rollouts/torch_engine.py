@@ -216,10 +216,10 @@ class _Wave:
 
     def _go_on(self, i: int, results: Sequence[str] | Failed | None) -> Stop | Failed | None:
         row = self.rows[i]
-        if results is None:
-            return "eos"
         if isinstance(results, Failed):
             return results
+        if not results:
+            return "eos"
         if row.turns >= row.request.max_turns:
             return "turns"
         tokenizer = self.engine.tokenizer

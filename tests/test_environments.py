@@ -124,6 +124,40 @@ def test_an_environment_that_does_not_start_is_nobodys_fault() -> None:
     assert rollout.stop == "error" and rollout.outcome == {"error": "RuntimeError: no disk"}
 
 
+@pytest.mark.parametrize(
+    ("method", "stop", "reason"),
+    [("outcome", "crash", "RuntimeError: broken"), ("close", "crash", "RuntimeError: broken")],
+)
+def test_a_failure_at_the_end_counts_too(method: str, stop: str, reason: str) -> None:
+    class Broken(Counter):
+        pass
+
+    def fail(self: Broken) -> None:
+        raise RuntimeError("broken")
+
+    setattr(Broken, method, fail)
+    rollout = play(lambda task, seed: Broken(seed), QUESTION, _script("answer"), seed=0, max_turns=9)
+    assert rollout.stop == stop and rollout.outcome == {stop: reason}
+
+
+def test_an_outcome_is_plain_data() -> None:
+    class Odd(Counter):
+        def outcome(self) -> dict[str, Any]:
+            return {"turns": np.int64(self.turns)}
+
+    rollout = play(lambda task, seed: Odd(seed), QUESTION, _script("answer"), seed=0, max_turns=9)
+    assert rollout.stop == "error" and "no plain JSON data" in rollout.outcome["error"]
+
+
+def test_a_cut_turn_is_not_played_again() -> None:
+    rollout = play(count, QUESTION, _script("a", "b"), seed=0, max_turns=2)
+    cut = dataclasses.replace(rollout, stop="length", outcome={"turns": 1, "seed": 0})
+    again = replay(count, QUESTION, cut, seed=0)
+    assert again.outcome == cut.outcome and again.messages == rollout.messages[:1]
+    first = dataclasses.replace(cut, messages=rollout.messages[:1])
+    assert replay(count, QUESTION, first, seed=0).outcome == {"turns": 0, "seed": 0}
+
+
 def test_steps_of_several_episodes_run_side_by_side() -> None:
     meeting = threading.Barrier(2, timeout=20)
 

@@ -105,6 +105,11 @@ def test_rewards_know_config_and_schema_only(name: str) -> None:
     assert all(target.startswith(allowed) for target in ours), ours
 
 
+@pytest.mark.parametrize("name", [n for n in SOURCES if n.startswith("posttrain.rollouts.")])
+def test_rollouts_know_no_environment_in_particular(name: str) -> None:
+    assert not _uses(_imports(name, top_only=False), "posttrain.envs")
+
+
 @pytest.mark.parametrize("name", list(SOURCES))
 def test_ray_vllm_and_stages_stay_in_their_places(name: str) -> None:
     imports = _imports(name, top_only=False)
