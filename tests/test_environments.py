@@ -32,7 +32,7 @@ from posttrain.rollouts.environment import Environment, Live, Stateless, Unavail
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Group, Message, RewardFn, Rollout, Task
-from posttrain.toy import lookup, records, tokenizer
+from posttrain.toy import lookup, pages, records, tokenizer
 
 TOKENIZER = tokenizer.build()
 QUESTION = Task(id="d/1", domain="d", messages=({"role": "user", "content": "who is the boss of ann ?"},))
@@ -730,3 +730,26 @@ def test_other_turns_of_the_small_world(turn: str, result: list[str] | None) -> 
     episode = records.start(next(records.tasks(seed=1, n=1)), 0)
     assert episode.step(turn) == result
     episode.close()
+
+
+# ---- the small world's search ----
+
+
+def test_pages_of_the_small_world_are_found_and_read() -> None:
+    for task in pages.tasks(seed=1, n=9):
+        path = task.meta["path"]
+        calls = [f"<call> search {task.meta['thing']} </call>"]
+        calls += [f"<call> open {name} </call>" for name in path[:-1]]
+        gold = play(pages.start, task, _script(*calls, f"answer {path[-1]}"), seed=0, max_turns=9)
+        assert gold.messages[1]["content"] == path[0]
+        assert gold.outcome == {"opened": path[:-1]}
+        guess = play(pages.start, task, _script(f"answer {path[-1]}"), seed=0, max_turns=9)
+        early = play(pages.start, task, _script(*calls, f"answer {path[0]}"), seed=0, max_turns=9)
+        assert tools.outcome(task, [gold, guess, early]) == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "call", ["<call> search xyz </call>", "<call> open xyz </call>", "<call> open ann", "<call>"]
+)
+def test_other_calls_of_the_small_world_are_errors(call: str) -> None:
+    assert pages.start(next(pages.tasks(seed=1, n=1)), 0).step(call) == ["error"]
