@@ -71,19 +71,14 @@ def tasks(*, seed: int, n: int) -> Iterator[Task]:
             name: " ".join([thing, *(word for fact in facts[name].items() for word in fact)])
             for name, thing in zip(people, things, strict=True)
         }
-        name = rng.choice(people)
-        thing, chain, path = pages[name].split()[0], list[str](), [name]
-        for _ in range(rng.choice((2, 3))):
-            relation = rng.choice([r for r in facts[name] if r not in chain] or list(facts[name]))
-            name = facts[name][relation]
-            chain.append(relation)
-            path.append(name)
+        chain, path = _walk(facts, rng.choice((2, 3)), rng)
+        thing = pages[path[0]].split()[0]
         question = f"use search : who is the {' of the '.join(reversed(chain))} of the {thing} ?"
         yield Task(
             id=question,
             domain="agent",
             messages=({"role": "user", "content": question},),
-            answer=name,
+            answer=path[-1],
             thinking=False,
             meta={"pages": pages, "thing": thing, "path": path, "min_calls": len(path)},
         )
@@ -106,6 +101,21 @@ def demonstrate(task: Task, rng: random.Random) -> list[Message]:
         messages.append({"role": "assistant", "content": f"<call> {call} </call>"})
         messages.append({"role": "tool", "content": result})
     return [*messages, {"role": "assistant", "content": f"answer {path[-1]}"}]
+
+
+def _walk(facts: dict[str, dict[str, str]], length: int, rng: random.Random) -> tuple[list[str], list[str]]:
+    """Different relations, and the different people on the way."""
+    while True:
+        chain, path = list[str](), [rng.choice(list(facts))]
+        while len(chain) < length:
+            onward = [(r, n) for r, n in facts[path[-1]].items() if r not in chain and n not in path]
+            if not onward:
+                break
+            relation, name = rng.choice(onward)
+            chain.append(relation)
+            path.append(name)
+        else:
+            return chain, path
 
 
 def _facts(people: list[str], name: str, rng: random.Random) -> Iterator[tuple[str, str]]:
