@@ -481,7 +481,6 @@ CHEATS = {
     "sys.exit": "import sys\nsys.exit(0)",
     "print the verdict": "print('OK', [[4]])\nimport os\nos.write(3, b'[[4]]')\ndef f(x): return 1",
     "replace the driver": "import __main__\n__main__.results = lambda cases: [[4]]\ndef f(x): return 0",
-    "true is not one": "def f(x): return True",
     "too slow": "while True: pass",
     "no function": "",
 }
@@ -494,6 +493,12 @@ def test_no_edit_forges_a_verdict(source: str, monkeypatch: pytest.MonkeyPatch) 
     task = Task(id="d/1", domain="d", messages=(), meta={"hidden": hidden})
     good = _left({"m.py": "def f(x): return x"})
     assert repair_reward.hidden_tests(task, [good, _left({"m.py": source}), good]) == [1, 0, 1]
+
+
+def test_true_is_not_one() -> None:
+    task = Task(id="d/1", domain="d", messages=(), meta={"hidden": [["m.f", [], 1]]})
+    rollouts = [_left({"m.py": f"def f(): return {value}"}) for value in ("1", "True", "1.0", "[1]")]
+    assert repair_reward.hidden_tests(task, rollouts) == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("path", ["../x.py", "/x.py", "a/../../x.py", "./x.py", "x.txt", "", "a//b.py"])
