@@ -189,19 +189,20 @@ def _ms(reward: Judged, places: Sequence[int]) -> str:
 
 
 def _histogram(reward: Judged) -> str:
+    """A bar per value where there are few, else per tenth of the range."""
     known = [score.value for score in reward.scores if score.value is not None]
     if not known:
         return ""
-    low, high = min(known), max(known)
-    if high - low < _EQUAL:
-        return f"{reward.name}: every value is {low:g}"
-    width = (high - low) / BINS
-    counts = Counter(min(BINS - 1, int((value - low) / width)) for value in known)
+    counts = Counter(known)
+    title = "values"
+    if len(counts) > BINS:
+        low, width = min(known), (max(known) - min(known)) / BINS
+        places = Counter(min(BINS - 1, int((value - low) / width)) for value in known)
+        counts = Counter({low + i * width: places[i] for i in range(BINS)})
+        title = "values from"
     most = max(counts.values())
-    rows = [
-        (f"{low + i * width:.3f}", str(counts[i]), "#" * -(-BAR * counts[i] // most)) for i in range(BINS)
-    ]
-    return f"{reward.name}, values from\n{columns(rows)}"
+    rows = [(f"{value:.3f}", str(n), "#" * -(-BAR * n // most)) for value, n in sorted(counts.items())]
+    return f"{reward.name}, {title}\n{columns(rows)}"
 
 
 def _reasons(reward: Judged) -> str:

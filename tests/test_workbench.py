@@ -12,7 +12,7 @@ import pytest
 from test_rewards import rollout
 from test_tasks import _jsonl
 
-from posttrain import rollout_file
+from posttrain import rollout_file, workbench
 from posttrain.cli import main
 from posttrain.envs import shop
 from posttrain.rewards.base import per_rollout
@@ -88,9 +88,18 @@ def test_figures_by_hand(saved: tuple[str, str], capsys: pytest.CaptureFixture[s
     ]
     assert _cells(out, "math")[:5] == ["math", "math", "6", "0.833", "0.373"]
     assert float(_cells(out, "exact")[12]) < 1000, "milliseconds per rollout"
-    histogram = out[out.index("exact, values from") :].splitlines()
+    histogram = out[out.index("exact, values") :].splitlines()
     assert histogram[1].split() == ["0.000", "2", "####################"]
-    assert histogram[10].split() == ["0.900", "4", "#" * 40]
+    assert histogram[2].split() == ["1.000", "4", "#" * 40]
+
+
+def test_many_values_are_shown_in_ten_bins() -> None:
+    values = [i / 20 for i in range(21)]
+    judged = workbench.Judged(name="r", scores=tuple(Score(value=v) for v in values), seconds=(0.0,) * 21)
+    lines = workbench._histogram(judged).splitlines()
+    assert lines[0] == "r, values from" and len(lines) == 11
+    assert [line.split()[:2] for line in lines[1:3]] == [["0.000", "2"], ["0.100", "2"]]
+    assert lines[10].split() == ["0.900", "3", "#" * 40], "the largest value belongs to the last bin"
 
 
 def test_what_another_reward_changes(saved: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +134,7 @@ def test_args_make_the_reward(saved: tuple[str, str], capsys: pytest.CaptureFixt
     tasks, rollouts = saved
     made = ["posttrain.rewards.style:length_penalty", "--args", '{"target": 1, "limit": 5}']
     out = _reward(capsys, *made, "--tasks", tasks, "--rollouts", rollouts)
-    assert "length_penalty: every value is -0.5" in out
+    assert "length_penalty, values\n-0.500  6  ####" in out
 
 
 @pytest.mark.parametrize(
