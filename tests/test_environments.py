@@ -23,8 +23,10 @@ from test_tasks import _jsonl
 from posttrain import config, rollout_file
 from posttrain.domains import open_domains
 from posttrain.envs import corpus, database, interpreter, packages, repair, shop, wiki
+from posttrain.rewards import bubblewrap, tools
 from posttrain.rewards import repair as repair_reward
-from posttrain.rewards import tools
+from posttrain.rewards.base import Unscorable
+from posttrain.rewards.sandbox import SandboxMissing
 from posttrain.rewards.scorer import Scorer
 from posttrain.rollouts import chat, deepseek_chat, toolbox
 from posttrain.rollouts.deepseek_chat import Call
@@ -499,6 +501,24 @@ def test_true_is_not_one() -> None:
     task = Task(id="d/1", domain="d", messages=(), meta={"hidden": [["m.f", [], 1]]})
     rollouts = [_left({"m.py": f"def f(): return {value}"}) for value in ("1", "True", "1.0", "[1]")]
     assert repair_reward.hidden_tests(task, rollouts) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["interpreter", "repair"])
+def test_without_a_sandbox_nothing_runs_and_nobody_is_blamed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise SandboxMissing("install bubblewrap")
+
+    module = SHIPPED[name][0]
+    task = next(module.tasks(seed=1, n=1))
+    gold = play(module.start, task, module.solver(task), seed=0, max_turns=30)
+    monkeypatch.setattr(bubblewrap, "shared", missing)
+    rollout = play(module.start, task, module.solver(task), seed=0, max_turns=30)
+    assert rollout.stop == "error" and rollout.outcome == {"error": "install bubblewrap"}
+    if name == "repair":
+        with pytest.raises(Unscorable, match="install bubblewrap"):
+            repair_reward.hidden_tests(task, [gold])
 
 
 @pytest.mark.parametrize("path", ["../x.py", "/x.py", "a/../../x.py", "./x.py", "x.txt", "", "a//b.py"])

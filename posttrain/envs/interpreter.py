@@ -51,7 +51,7 @@ class Interpreter:
 
 def start(task: Task, seed: int) -> Interpreter:
     """An episode; raises Unavailable where code cannot be isolated."""
-    sandboxed.require()
+    sandboxed.sandbox()
     return Interpreter()
 
 

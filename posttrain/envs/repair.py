@@ -106,7 +106,7 @@ class Repository:
 
 def start(task: Task, seed: int) -> Repository:
     """An episode of the task; raises Unavailable where code cannot be isolated."""
-    sandboxed.require()
+    sandboxed.sandbox()
     return Repository(task.meta["files"])
 
 

@@ -4,21 +4,21 @@ Next: ../../rewards/sandbox.py.
 """
 
 from posttrain.rewards import bubblewrap
-from posttrain.rewards.sandbox import Limits, Outcome, Program, SandboxMissing
+from posttrain.rewards.sandbox import Limits, Outcome, Program, Sandbox, SandboxMissing
 from posttrain.rollouts.environment import Unavailable
 
 
-def require() -> None:
-    """Raise Unavailable where this machine cannot isolate code."""
-    run(Program(source=""), Limits())
+def sandbox() -> Sandbox:
+    """The sandbox of this process; raises Unavailable where this machine cannot isolate code."""
+    try:
+        return bubblewrap.shared()
+    except SandboxMissing as error:
+        raise Unavailable(str(error)) from error
 
 
 def run(program: Program, limits: Limits) -> Outcome:
-    """What became of the program; raises Unavailable if the sandbox itself failed."""
-    try:
-        outcome = bubblewrap.shared().run(program, limits)
-    except SandboxMissing as error:
-        raise Unavailable(str(error)) from error
+    """What became of the program; raises Unavailable if the sandbox is missing or has failed."""
+    outcome = sandbox().run(program, limits)
     if outcome.status == "error":
         raise Unavailable(f"the sandbox failed: {outcome.note}")
     return outcome
