@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.rewards import bubblewrap
 from posttrain.rewards.base import Unscorable, per_rollout
-from posttrain.rewards.sandbox import Call, Limits, Program, SandboxMissing
+from posttrain.rewards.sandbox import Call, Limits, Program
 from posttrain.schema import Rollout, Task
 
 LIMITS = Limits(cpu_s=10, wall_s=20)
@@ -32,7 +32,7 @@ def results(cases):
 def hidden_tests(task: Task, rollout: Rollout) -> float:
     """1 if every case of meta["hidden"] gives its result with the files of the outcome, else 0.
 
-    Raises Unscorable if the sandbox is missing or fails.
+    Raises SandboxMissing or Unscorable if the sandbox is missing or fails; neither is a score.
     """
     cases = task.meta.get("hidden")
     if not isinstance(cases, list) or not cases:
@@ -45,10 +45,7 @@ def hidden_tests(task: Task, rollout: Rollout) -> float:
         call=Call(function="results", args=([[name, arguments] for name, arguments, _ in cases],)),
         files=files,
     )
-    try:
-        outcome = bubblewrap.shared().run(program, LIMITS)
-    except SandboxMissing as error:
-        raise Unscorable(str(error)) from error
+    outcome = bubblewrap.shared().run(program, LIMITS)
     if outcome.status == "error":
         raise Unscorable(f"the sandbox failed: {outcome.note}")
     return float(outcome.has_value and _same(outcome.value, [[result] for _, _, result in cases]))

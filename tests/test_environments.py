@@ -25,7 +25,7 @@ from posttrain.domains import open_domains
 from posttrain.envs import corpus, database, interpreter, packages, repair, shop, wiki
 from posttrain.rewards import bubblewrap, tools
 from posttrain.rewards import repair as repair_reward
-from posttrain.rewards.base import Unscorable
+from posttrain.rewards.base import Verdict, judge
 from posttrain.rewards.sandbox import SandboxMissing
 from posttrain.rewards.scorer import Scorer
 from posttrain.rollouts import chat, deepseek_chat, toolbox
@@ -517,8 +517,9 @@ def test_without_a_sandbox_nothing_runs_and_nobody_is_blamed(
     rollout = play(module.start, task, module.solver(task), seed=0, max_turns=30)
     assert rollout.stop == "error" and rollout.outcome == {"error": "install bubblewrap"}
     if name == "repair":
-        with pytest.raises(Unscorable, match="install bubblewrap"):
-            repair_reward.hidden_tests(task, [gold])
+        verdicts: dict[int, Verdict] = {}
+        judge(repair_reward.hidden_tests, task, [gold], verdicts.__setitem__)
+        assert verdicts[0] == Verdict(None, "unscorable", "install bubblewrap")
 
 
 @pytest.mark.parametrize("path", ["../x.py", "/x.py", "a/../../x.py", "./x.py", "x.txt", "", "a//b.py"])
