@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.rewards.base import Unscorable, per_rollout
+from posttrain.rewards.base import per_rollout
 from posttrain.rewards.style import plain_text
 from posttrain.schema import RewardFn, Rollout, Task
 
@@ -34,7 +34,7 @@ def detected(*, languages: Sequence[str]) -> RewardFn:
         if wanted is None:
             return None
         if str(wanted).lower() not in known:
-            raise Unscorable(f"task {task.id} asks for {wanted}; the reward knows {', '.join(known)}")
+            raise ValueError(f"task {task.id} asks for {wanted}; the reward knows {', '.join(known)}")
         if not rollout.text.strip() or len(rollout.text) > MAX_CHARACTERS:
             return 0.0
         return detector.share(rollout.text, str(wanted).lower())
