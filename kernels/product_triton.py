@@ -11,3 +11,8 @@ import triton.language as tl
 def dot(a, b, INTERPRET: tl.constexpr):
     """a @ b with fp32 sums; `acc += dot(...)` becomes one instruction."""
     return tl.dot(a.to(tl.float32), b.to(tl.float32)) if INTERPRET else tl.dot(a, b)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in the interpreter: what kernels take as INTERPRET."""
+    return bool(triton.knobs.runtime.interpret)

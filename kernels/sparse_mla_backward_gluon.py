@@ -1,8 +1,7 @@
 """What a query adds to its entries in the backward pass of sparse attention, on Hopper: in Gluon.
 
 The kernel `_dkv_kernel` of sparse_mla_backward_triton.py with the order of work written down: while the tensor
-cores multiply a tile, the gradients of the tile before it leave for memory straight from the registers that they
-were summed in, and the tile after it arrives. Compiled only, as sparse_mla_gluon.py. Next: README.md.
+cores multiply a tile, the gradients of the tile before it leave for memory, and the tile after it arrives. Compiled only, as sparse_mla_gluon.py. Next: README.md.
 
 Shape letters as in sparse_mla_triton.py.
 """
@@ -18,15 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from posttrain.kernels.sparse_mla_gluon import barrier, row_layout, row_slots
 
-KEYS = 128
+KEYS = 64
 COLUMNS = 128
-WARPS = 8
+WARPS = 4
 
 
 @gluon.jit
 def _copy(work_row, start, smem, W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, BK: gl.constexpr):
     """Start the copy of W columns of dS | P of BK kept entries."""
-    layout: gl.constexpr = row_layout(W)
+    layout: gl.constexpr = row_layout(W, 8, gl.num_warps())
     # Beyond the row's end anything will do: nothing of it is added.
     at = gl.minimum(start + gl.arange(0, BK, layout=gl.SliceLayout(1, layout)), K - 1)
     w = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
@@ -40,6 +39,8 @@ def _add(
     E: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Add the gradients of a tile to their entries, or write them to their rows of the chunk's table."""
+    # Whole pieces of rows: memory takes the products' own layout, 32 bytes here and there, half as fast.
+    grad = gl.convert_layout(grad, layout)
     slots = row_slots(slots_row, start, num_slots, -1, K, BK, gl.SliceLayout(1, layout))
     mask = (slots >= 0)[:, None]
     if ROWS:
@@ -60,7 +61,8 @@ def dkv_kernel(
     E: gl.constexpr = R + P
     W: gl.constexpr = 2 * H if VALUE else H
     BLOCKS: gl.constexpr = (R if VALUE else P) // BC
-    out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BC, 16])
+    out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BC, 16])
+    wide: gl.constexpr = row_layout(BC, 4, gl.num_warps())
     smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     local = (gl.program_id(0) // BLOCKS).to(gl.int64)
@@ -69,7 +71,7 @@ def dkv_kernel(
     slots_row = slots_ptr + row * K
     work_row = work_ptr + local * (K * 2 * H)
 
-    head_rows: gl.constexpr = row_layout(BC)
+    head_rows: gl.constexpr = row_layout(BC, 8, gl.num_warps())
     h = gl.arange(0, H, layout=gl.SliceLayout(1, head_rows))
     c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, head_rows))
     q_do_smem = gl.allocate_shared_memory(dtype, [W, BC], smem)
@@ -82,13 +84,13 @@ def dkv_kernel(
     _copy(work_row, 0, work_smem.index(0), W, H, K, BK)
     _copy(work_row, BK, work_smem.index(1), W, H, K, BK)
 
-    line: gl.constexpr = gl.BlockedLayout([KB // 256], [32], [8], [0])
+    line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
     places = gl.arange(0, KB, layout=line)
     every = row_slots(slots_row, 0, num_slots, -1, K, KB, line)
     tiles = gl.cdiv(gl.max(gl.where(every >= 0, places + 1, 0), 0), BK)
 
     zero = gl.zeros([BK, BC], gl.float32, out)
-    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, out))
+    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, wide))
     async_copy.wait_group(1)
     fence_async_shared()
     even = warpgroup_mma(work_smem.index(0), q_do_smem, zero, use_acc=False, is_async=True)
@@ -100,13 +102,13 @@ def dkv_kernel(
         fence_async_shared()
         _copy(work_row, (tile + 2) * BK, work_smem.index(0), W, H, K, BK)
         odd = warpgroup_mma(work_smem.index(1), q_do_smem, zero, use_acc=False, is_async=True)
-        _add(dkv_ptr, grad, slots_row, local * K, tile * BK, num_slots, c, E, K, BK, ROWS, out)
+        _add(dkv_ptr, grad, slots_row, local * K, tile * BK, num_slots, c, E, K, BK, ROWS, wide)
         async_copy.wait_group(0)
         grad = warpgroup_mma_wait(0, deps=[odd])
         barrier()
         fence_async_shared()
         _copy(work_row, (tile + 3) * BK, work_smem.index(1), W, H, K, BK)
         even = warpgroup_mma(work_smem.index(0), q_do_smem, zero, use_acc=False, is_async=True)
-        _add(dkv_ptr, grad, slots_row, local * K, (tile + 1) * BK, num_slots, c, E, K, BK, ROWS, out)
+        _add(dkv_ptr, grad, slots_row, local * K, (tile + 1) * BK, num_slots, c, E, K, BK, ROWS, wide)
     async_copy.wait_group(0)
     warpgroup_mma_wait(0, deps=[even])

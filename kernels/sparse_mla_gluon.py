@@ -1,10 +1,10 @@
 """Sparse MQA-absorbed attention, forward, for many heads on Hopper: the kernel of sparse_mla_triton.py in Gluon.
 
-The function is the same; what differs is that the order of work is written down. Two tiles of kept entries are in
-shared memory. While the tensor cores multiply the logits of the next tile, the entries of the tile after it are on
-their way into the buffer whose values have just been used, so that the softmax is all that the tensor cores wait
-for. Triton's own pipelining keeps two full stages ahead but computes every logit twice (both warp groups all of
-them) and reaches half the speed. Compiled only: Gluon has no interpreter, CI compiles it offline. Next: README.md.
+The function is the same; what differs is that the order of work is written down. Four warps copy kept entries into
+two buffers of shared memory; eight others multiply. A buffer is handed back as soon as its values have been used, so
+that the copies hide behind the logits of the other one and the softmax. Triton's own pipelining computes every logit
+twice (both warp groups all of them), issues copies from the warps that multiply, and reaches half the speed.
+Compiled only: Gluon has no interpreter, CI compiles it offline. Next: README.md.
 
 Shape letters as in sparse_mla_triton.py.
 """
@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -26,29 +27,14 @@ HEADS = (64, 128)
 TILE = 64
 """Heads and kept entries of a tile."""
 WARPS = 8
+PRODUCER_WARPS = gl.constexpr(4)
 
 
 @gluon.constexpr_function
-def row_layout(width):
-    """Layout in which 8 warps copy rows of so many 2-byte numbers, 16 bytes a thread."""
-    lanes = min(32, width // 8)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [WARPS, 1], [1, 0])
-
-
-@gluon.jit
-def _copy(
-    kv_ptr, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.constexpr, P: gl.constexpr,
-    wide: gl.constexpr, narrow: gl.constexpr,
-):  # fmt: skip
-    """Start the copy of a tile of rows of a table; the same rows [BK] for both parts, in their layouts."""
-    E: gl.constexpr = R + P
-    r = gl.arange(0, R, layout=gl.SliceLayout(0, wide))
-    p = gl.arange(0, P, layout=gl.SliceLayout(0, narrow))
-    latent = kv_ptr + rows_wide.to(gl.int64)[:, None] * E + r[None, :]
-    rotary = kv_ptr + rows_narrow.to(gl.int64)[:, None] * E + R + p[None, :]
-    async_copy.async_copy_global_to_shared(k_smem, latent)
-    async_copy.async_copy_global_to_shared(k_rot_smem, rotary)
-    async_copy.commit_group()
+def row_layout(width, size, warps):
+    """Layout of a tile of rows of that width: as many threads side by side as fit, `size` numbers each."""
+    lanes = min(32, width // size)
+    return gl.BlockedLayout([1, size], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -57,6 +43,76 @@ def row_slots(slots_row, start, num_slots, missing, K: gl.constexpr, BK: gl.cons
     at = start + gl.arange(0, BK, layout=layout)
     slots = gl.load(slots_row + at, mask=at < K, other=-1)
     return gl.where((slots >= 0) & (slots < num_slots), slots, missing)
+
+
+@gluon.jit
+def _copy(kv_ptr, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.constexpr, P: gl.constexpr):
+    """Start the copy of a tile of rows of a table; the same rows [BK] for both parts, in their layouts."""
+    E: gl.constexpr = R + P
+    r = gl.arange(0, R, layout=gl.SliceLayout(0, row_layout(R, 8, gl.num_warps())))
+    p = gl.arange(0, P, layout=gl.SliceLayout(0, row_layout(P, 8, gl.num_warps())))
+    latent = kv_ptr + rows_wide.to(gl.int64)[:, None] * E + r[None, :]
+    rotary = kv_ptr + rows_narrow.to(gl.int64)[:, None] * E + R + p[None, :]
+    async_copy.async_copy_global_to_shared(k_smem, latent)
+    async_copy.async_copy_global_to_shared(k_rot_smem, rotary)
+
+
+@gluon.jit
+def _producer(
+    kv_ptr, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty,
+    R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """Copy one tile after another into the buffers that are handed back."""
+    wide: gl.constexpr = gl.SliceLayout(1, row_layout(R, 8, gl.num_warps()))
+    narrow: gl.constexpr = gl.SliceLayout(1, row_layout(P, 8, gl.num_warps()))
+    for tile in range(tiles):
+        buffer = tile % 2
+        slots_wide = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, wide)
+        slots_narrow = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, narrow)
+        mbarrier.wait(empty.index(buffer), (tile // 2 + 1) % 2)
+        _copy(kv_ptr, slots_wide, slots_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
+        async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
+
+
+@gluon.jit
+def _consumer(
+    slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+    R: gl.constexpr, K: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Online softmax over the tiles: sum of values, probabilities [BH, BK] still to be summed, maximum."""
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = q_smem.dtype
+    m = gl.full([BH], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([BH, BK], gl.float32, s_layout)
+    acc = gl.zeros([BH, R], gl.float32, o_layout)
+    zero = gl.zeros([BH, BK], gl.float32, s_layout)
+    prob = zero
+    for tile in range(tiles):
+        # Logits of this tile, then values of this tile with the probabilities they give.
+        buffer = tile % 2
+        valid = row_slots(slots_row, tile * BK, num_slots, -1, K, BK, columns) >= 0
+        mbarrier.wait(full.index(buffer), tile // 2 % 2)
+        fence_async_shared()
+        logits = warpgroup_mma(q_smem, k_smem.index(buffer).permute((1, 0)), zero, use_acc=False, is_async=True)
+        logits = warpgroup_mma(q_rot_smem, k_rot_smem.index(buffer).permute((1, 0)), logits, is_async=True)
+        logits = warpgroup_mma_wait(0, deps=[logits])
+        logits = gl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
+        new_m = gl.maximum(m, gl.max(logits, 1))
+        prob = gl.exp2(logits - new_m[:, None])
+        shrink = gl.exp2(m - new_m)
+        m = new_m
+        total = total * shrink[:, None] + prob
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+        prob_smem.store(prob.to(dtype))
+        fence_async_shared()
+        barrier()
+        acc = warpgroup_mma(prob_smem, k_smem.index(buffer), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        barrier()  # both warp groups are done with the buffer
+        mbarrier.arrive(empty.index(buffer), count=1)
+
+    return acc, total, m
 
 
 @gluon.jit
@@ -70,9 +126,7 @@ def forward_kernel(
     G: gl.constexpr = H // BH
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
-    wide: gl.constexpr = row_layout(R)
-    narrow: gl.constexpr = row_layout(P)
-    line: gl.constexpr = gl.BlockedLayout([KB // 256], [32], [8], [0])
+    line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
     smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_smem = gl.allocate_shared_memory(dtype, [BH, R], smem)
@@ -80,6 +134,11 @@ def forward_kernel(
     k_smem = gl.allocate_shared_memory(dtype, [2, BK, R], smem)
     k_rot_smem = gl.allocate_shared_memory(dtype, [2, BK, P], smem)
     prob_smem = gl.allocate_shared_memory(dtype, [BH, BK], smem)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for buffer in gl.static_range(2):
+        mbarrier.init(full.index(buffer), count=32 * PRODUCER_WARPS)
+        mbarrier.init(empty.index(buffer), count=1)
     row = (gl.program_id(0) // G).to(gl.int64)
     head = gl.program_id(0) % G * BH
     slots_row = slots_ptr + row * K
@@ -90,63 +149,37 @@ def forward_kernel(
     stand_in = gl.maximum(gl.max(every, 0), 0)
     tiles = gl.cdiv(gl.max(gl.where(every >= 0, places + 1, 0), 0), BK)
 
-    rows_wide: gl.constexpr = gl.SliceLayout(1, wide)
-    rows_narrow: gl.constexpr = gl.SliceLayout(1, narrow)
     # The queries of the heads are rows of a table with E columns, like entries.
-    heads = head + gl.arange(0, BH, layout=rows_wide)
-    heads_narrow = head + gl.arange(0, BH, layout=rows_narrow)
-    _copy(q_ptr + row * (H * E), heads, heads_narrow, q_smem, q_rot_smem, R, P, wide, narrow)
-    for tile in gl.static_range(2):
-        slots = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, rows_wide)
-        narrow_slots = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, rows_narrow)
-        _copy(kv_ptr, slots, narrow_slots, k_smem.index(tile), k_rot_smem.index(tile), R, P, wide, narrow)
-
-    m = gl.full([BH], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
-    total = gl.zeros([BH, BK], gl.float32, s_layout)
-    acc = gl.zeros([BH, R], gl.float32, o_layout)
-    zero = gl.zeros([BH, BK], gl.float32, s_layout)
-    valid = row_slots(slots_row, 0, num_slots, -1, K, BK, gl.SliceLayout(0, s_layout)) >= 0
-    async_copy.wait_group(1)
-    logits = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    logits = warpgroup_mma(q_rot_smem, k_rot_smem.index(0).permute((1, 0)), logits, is_async=True)
-    logits = warpgroup_mma_wait(0, deps=[logits])
-    logits = gl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
-    m = gl.maximum(m, gl.max(logits, 1))
-    prob = gl.exp2(logits - m[:, None])
-    total += prob
-    for tile in range(tiles):
-        # prob is that of this tile, acc that of the tiles before it, in terms of the present maximum.
-        this = tile % 2
-        other = 1 - this
-        prob_smem.store(prob.to(dtype))
-        valid = row_slots(slots_row, (tile + 1) * BK, num_slots, -1, K, BK, gl.SliceLayout(0, s_layout)) >= 0
-        slots = row_slots(slots_row, (tile + 2) * BK, num_slots, stand_in, K, BK, rows_wide)
-        narrow_slots = row_slots(slots_row, (tile + 2) * BK, num_slots, stand_in, K, BK, rows_narrow)
-        async_copy.wait_group(0)  # the next tile is there
-        fence_async_shared()
-        acc = warpgroup_mma(prob_smem, k_smem.index(this), acc, is_async=True)
-        logits = warpgroup_mma(q_smem, k_smem.index(other).permute((1, 0)), zero, use_acc=False, is_async=True)
-        logits = warpgroup_mma(q_rot_smem, k_rot_smem.index(other).permute((1, 0)), logits, is_async=True)
-        acc = warpgroup_mma_wait(2, deps=[acc])
-        barrier()  # both warp groups are done with this tile's values
-        _copy(kv_ptr, slots, narrow_slots, k_smem.index(this), k_rot_smem.index(this), R, P, wide, narrow)
-        logits = warpgroup_mma_wait(0, deps=[logits])
-        logits = gl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
-        new_m = gl.maximum(m, gl.max(logits, 1))
-        prob = gl.exp2(logits - new_m[:, None])
-        shrink = gl.exp2(m - new_m)
-        m = new_m
-        total = total * shrink[:, None] + prob
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    heads_wide = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(R, 8, gl.num_warps())))
+    heads_narrow = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(P, 8, gl.num_warps())))
+    _copy(q_ptr + row * (H * E), heads_wide, heads_narrow, q_smem, q_rot_smem, R, P)
+    async_copy.commit_group()
     async_copy.wait_group(0)
+    fence_async_shared()
+    barrier()
+    acc, total, m = gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+                 R, K, BH, BK, s_layout, o_layout),
+            ),
+            (
+                _producer,
+                (kv_ptr, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty, R, P, K, BK),
+            ),
+        ],
+        [PRODUCER_WARPS],
+        [40],
+    )  # fmt: skip
 
     sums = gl.sum(total, 1)
     any_key = sums > 0
     safe = gl.where(any_key, sums, 1.0)
-    h = head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
     lse = gl.where(any_key, (m + gl.log2(safe)) / LOG2E, float("-inf"))
-    gl.store(lse_ptr + row * H + h, lse)
+    gl.store(lse_ptr + row * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout)), lse)
     factor = gl.convert_layout(gl.where(any_key, 1.0 / safe, 0.0), gl.SliceLayout(1, o_layout))
+    wide: gl.constexpr = row_layout(R, 8, gl.num_warps())
     out = gl.convert_layout((acc * factor[:, None]).to(dtype), wide)
     r = gl.arange(0, R, layout=gl.SliceLayout(0, wide))
-    gl.store(o_ptr + (row * H + heads[:, None]) * R + r[None, :], out)
+    gl.store(o_ptr + (row * H + heads_wide[:, None]) * R + r[None, :], out)

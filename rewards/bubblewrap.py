@@ -69,7 +69,8 @@ class Bubblewrap:
         self._limits, self._uses = limits or Limits(), uses
         start = command(self._limits, packages, _BOOT)
         self._keeper = _Keeper(start, _boot(preload, packages=bool(packages)), warm=warm)
-        outcome = self.run(Program(source="import os; os.waitpid(os.fork() or os._exit(0), 0)"))
+        test = Program(source="import os; os.waitpid(os.fork() or os._exit(0), 0)")
+        outcome = self.run(test, Limits(disk_bytes=self._limits.disk_bytes))
         if outcome.status != "ok":
             self.close()
             raise SandboxMissing(_why(outcome))
@@ -78,30 +79,29 @@ class Bubblewrap:
         """Run a program in a fresh sandbox; a sandbox that dies on its own is replaced once."""
         note = ""
         for _ in range(_ATTEMPTS):
-            session = self.session(limits)
             try:
-                outcome = session.run(program)
+                session = self._open(limits, fresh=False)
+                try:
+                    return session.run(program)
+                finally:
+                    self._keeper.give_back(session.box, uses=self._uses)
             except _Broken as broken:
                 note = str(broken)
-                session.close()
-                continue
-            except BaseException:
-                session.close()
-                raise
-            self._keeper.give_back(session.box, uses=self._uses)
-            return outcome
         return Outcome(status="error", note=note)
 
     def session(self, limits: Limits | None = None) -> "BubblewrapSession":
-        """Open a sandbox for several programs."""
-        limits = limits or self._limits
-        if limits.disk_bytes > self._limits.disk_bytes:
-            raise ValueError(f"disk_bytes={limits.disk_bytes}; this sandbox has {self._limits.disk_bytes}")
-        return BubblewrapSession(self._keeper.take(), limits)
+        """Open a fresh sandbox for several programs. Raises ChildProcessError if none starts."""
+        return self._open(limits, fresh=True)
 
     def close(self) -> None:
         """End the waiting sandboxes."""
         self._keeper.close()
+
+    def _open(self, limits: Limits | None, *, fresh: bool) -> "BubblewrapSession":
+        limits = limits or self._limits
+        if limits.disk_bytes > self._limits.disk_bytes:
+            raise ValueError(f"disk_bytes={limits.disk_bytes}; this sandbox has {self._limits.disk_bytes}")
+        return BubblewrapSession(self._keeper.take(fresh=fresh), limits)
 
 
 @functools.cache
@@ -119,6 +119,7 @@ class BubblewrapSession:
     def run(self, program: Program, limits: Limits | None = None) -> Outcome:
         """Run a program. Raises ChildProcessError if the sandbox itself breaks."""
         limits = limits or self._limits
+        self.box.clean = False
         nonce = secrets.token_hex(16)
         self.box.send(_request(program, limits))
         self.box.send({"nonce": nonce})
@@ -171,19 +172,25 @@ class _Keeper:
     def __init__(self, command: Sequence[str], boot: bytes, *, warm: int) -> None:
         self._command, self._boot = command, boot
         self._again: queue.SimpleQueue[_Box] = queue.SimpleQueue()
-        self._ready: queue.Queue[_Box] = queue.Queue(maxsize=max(1, warm))
+        self._ready: queue.SimpleQueue[_Box | OSError] = queue.SimpleQueue()
+        self._room = threading.Semaphore(max(1, warm))
         self._closed = False
         self._thread = threading.Thread(target=self._keep, name="sandboxes", daemon=True)
         self._thread.start()
 
-    def take(self) -> "_Box":
+    def take(self, *, fresh: bool) -> "_Box":
         """A started sandbox, which is the caller's to close."""
-        with contextlib.suppress(queue.Empty):
-            return self._again.get_nowait()
+        if not fresh:
+            with contextlib.suppress(queue.Empty):
+                return self._again.get_nowait()
         try:
-            return self._ready.get(timeout=START_TIMEOUT_S)
+            box = self._ready.get(timeout=START_TIMEOUT_S)
         except queue.Empty:
             raise _Broken(f"no sandbox started within {START_TIMEOUT_S:.0f} s") from None
+        self._room.release()
+        if isinstance(box, OSError):
+            raise _Broken(f"no sandbox starts: {box}")
+        return box
 
     def give_back(self, box: "_Box", *, uses: int) -> None:
         """Keep a sandbox for another program if it may be used again; end it otherwise."""
@@ -197,15 +204,22 @@ class _Keeper:
         self._closed = True
         while not self._again.empty():
             self._again.get().close()
-        while self._thread.is_alive():  # it may be waiting for room
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.01).close()
+        self._room.release()
+        self._thread.join()
 
     def _keep(self) -> None:
-        while not self._closed:
-            self._ready.put(_Box(self._command, self._boot))
+        while True:
+            self._room.acquire()
+            if self._closed:
+                break
+            try:
+                self._ready.put(_Box(self._command, self._boot))
+            except OSError as error:  # no process or descriptor to be had
+                self._ready.put(error)
         while not self._ready.empty():  # before the thread ends, or they would be killed instead
-            self._ready.get().close()
+            box = self._ready.get()
+            if isinstance(box, _Box):
+                box.close()
 
 
 class _Box:
@@ -224,14 +238,14 @@ class _Box:
         self._socket.settimeout(START_TIMEOUT_S)
         self._started = False
         self.num_used = 0
-        self.clean = True
+        self.clean = False
         with contextlib.suppress(OSError):  # it has died; whoever uses it will see
             self._socket.sendall(len(boot).to_bytes(4) + boot)
 
     def used(self, *, clean: bool) -> None:
         """Note that a program has run, and whether it left everything as it was."""
         self.num_used += 1
-        self.clean = self.clean and clean
+        self.clean = clean
 
     def send(self, request: Mapping[str, Any]) -> None:
         """Send one request."""

@@ -13,11 +13,12 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from posttrain.rewards.base import Unscorable, load_object, per_rollout
+from posttrain.rewards.base import Mark, Unscorable, load_object, per_rollout
 from posttrain.rewards.judge_cache import Cache
 from posttrain.schema import Message, RewardFn, Rollout, Task
 
@@ -58,7 +59,7 @@ class Judge(Protocol):
         ...
 
 
-class Mark(BaseModel):
+class Grade(BaseModel):
     """What the judge says of one criterion; the reason comes first, so that the score follows from it."""
 
     model_config = ConfigDict(extra="forbid")
@@ -66,11 +67,11 @@ class Mark(BaseModel):
     score: int = Field(ge=0, le=10)
 
 
-class Marks(BaseModel):
+class Grades(BaseModel):
     """A judge's whole reply."""
 
     model_config = ConfigDict(extra="forbid")
-    criteria: list[Mark]
+    criteria: list[Grade]
 
 
 class Settings(BaseModel):
@@ -113,10 +114,10 @@ def rubric(
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     @per_rollout
-    async def marks(task: Task, rollout: Rollout) -> float:
+    async def graded(task: Task, rollout: Rollout) -> Mark:
         return await panel.score(task, rollout)
 
-    return marks
+    return graded
 
 
 class Panel:
@@ -127,26 +128,29 @@ class Panel:
         self._cache = Cache(settings.cache)
         self._tested: dict[str, asyncio.Task[None]] = {}
 
-    async def score(self, task: Task, rollout: Rollout) -> float:
-        """0 to 1. Raises Unscorable, and ValueError where the judge's replies to this text are no verdict."""
+    async def score(self, task: Task, rollout: Rollout) -> Mark:
+        """0 to 1, with the judge's reasons. Raises Unscorable, and ValueError where its replies to this text are no verdict."""
         criteria = _criteria(task)
         answer = _answer(rollout)
         if not answer or len(answer) > MAX_CHARACTERS or rollout.stop == "length":
-            return 0.0
+            return Mark(0.0, "an empty, cut or overlong answer is not judged")
         try:
             async with asyncio.timeout(self._settings.deadline_s):
                 await self._trusted(task, criteria)
-                return await self._value(task, criteria, answer)
+                opinion = await self._value(task, criteria, answer)
+                return Mark(opinion.value, opinion.reasons)
         except TimeoutError:
             raise Unscorable(f"the judge took more than {self._settings.deadline_s:g} s") from None
 
-    async def _value(self, task: Task, criteria: Sequence[tuple[str, float]], answer: str) -> float:
+    async def _value(self, task: Task, criteria: Sequence[tuple[str, float]], answer: str) -> "_Opinion":
         first = await self._ask(task, criteria, answer, temperature=0.0)
         low, high = self._settings.border
-        if not low <= first <= high:
+        if not low <= first.value <= high:
             return first
         second = await self._ask(task, criteria[::-1], answer, temperature=SECOND_TEMPERATURE)
-        return (first + second) / 2 if abs(first - second) <= self._settings.agree else min(first, second)
+        if abs(first.value - second.value) <= self._settings.agree:
+            return _Opinion((first.value + second.value) / 2, first.reasons)
+        return min(first, second, key=lambda opinion: opinion.value)
 
     async def _trusted(self, task: Task, criteria: Sequence[tuple[str, float]]) -> None:
         """Raise Unscorable if the judge lets a canary pass for this task; asked once per task."""
@@ -160,30 +164,30 @@ class Panel:
         await asyncio.shield(test)
 
     async def _test(self, task: Task, criteria: Sequence[tuple[str, float]], canary: str) -> None:
-        value = await self._ask(task, criteria, canary, temperature=0.0)
-        if value > self._settings.canary_limit:
+        opinion = await self._ask(task, criteria, canary, temperature=0.0)
+        if opinion.value > self._settings.canary_limit:
             raise Unscorable(
-                f"ALARM: the judge gave {value:.2f} to an answer that only orders the grader about: {canary[:60]!r}"
+                f"ALARM: the judge gave {opinion.value:.2f} to an answer that only orders the grader about: {canary[:60]!r}"
             )
 
     async def _ask(
         self, task: Task, criteria: Sequence[tuple[str, float]], answer: str, *, temperature: float
-    ) -> float:
-        """Weighted mean of the marks in one verdict."""
+    ) -> "_Opinion":
+        """One reply, asked for until it is a verdict."""
         messages = _messages(task, criteria, answer)
         wait = FIRST_WAIT_S
         for attempt in range(self._settings.attempts):
             last = attempt == self._settings.attempts - 1
             key = self._cache.key(
-                self._judge.identity, messages, Marks.model_json_schema(), temperature, attempt
+                self._judge.identity, messages, Grades.model_json_schema(), temperature, attempt
             )
             reply = self._cache.get(key)
             try:
                 if reply is None:
                     reply = await self._judge.reply(
-                        messages, schema=Marks.model_json_schema(), temperature=temperature, seed=attempt
+                        messages, schema=Grades.model_json_schema(), temperature=temperature, seed=attempt
                     )
-                value = _read(reply, criteria)
+                opinion = _read(reply, criteria)
             except Unreachable as error:
                 if last:
                     raise Unscorable(f"the judge cannot be reached: {error}") from error
@@ -197,8 +201,17 @@ class Panel:
                 temperature = SECOND_TEMPERATURE  # the same question would get the same reply
             else:
                 self._cache.put(key, reply)
-                return value
+                return opinion
         raise AssertionError("the last attempt returns or raises")
+
+
+@dataclass(frozen=True, slots=True)
+class _Opinion:
+    """What one reply says."""
+
+    value: float
+    """Weighted mean of the grades, 0 to 1."""
+    reasons: str
 
 
 def _criteria(task: Task) -> list[tuple[str, float]]:
@@ -232,15 +245,18 @@ def _messages(task: Task, criteria: Sequence[tuple[str, float]], answer: str) ->
     return [{"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": escaped}]
 
 
-def _read(reply: str, criteria: Sequence[tuple[str, float]]) -> float:
-    """The score of a reply; ValueError if it is no verdict on these criteria."""
+def _read(reply: str, criteria: Sequence[tuple[str, float]]) -> _Opinion:
+    """The verdict in a reply; ValueError if it is none on these criteria."""
     text = reply.rpartition("</think>")[2].strip()
     text = text.removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
-        marks = Marks.model_validate_json(text).criteria
+        grades = Grades.model_validate_json(text).criteria
     except ValidationError as error:
         raise ValueError(f"{error.errors()[0]['msg']} in {text[:80]!r}") from None
-    if len(marks) != len(criteria):
-        raise ValueError(f"{len(marks)} marks for {len(criteria)} criteria")
+    if len(grades) != len(criteria):
+        raise ValueError(f"{len(grades)} grades for {len(criteria)} criteria")
     total = sum(weight for _, weight in criteria)
-    return sum(weight * mark.score / 10 for mark, (_, weight) in zip(marks, criteria, strict=True)) / total
+    value = (
+        sum(weight * grade.score / 10 for grade, (_, weight) in zip(grades, criteria, strict=True)) / total
+    )
+    return _Opinion(value, "; ".join(f"{grade.score}: {grade.reason[:200]}" for grade in grades))

@@ -31,6 +31,8 @@ class TestVerdict:
     passed: bool
     why: str = ""
     """"wrong", "no value", "not run", or the status of the program's Outcome."""
+    denied: tuple[str, ...] = ()
+    """Forbidden system calls that it tried."""
 
 
 @per_rollout
@@ -63,14 +65,16 @@ def run_tests(task: Task, text: str, *, stop_early: bool) -> list[TestVerdict]:
     for number, test in enumerate(tests, start=1):
         visible = bool(test.get("visible"))
         why = "not run"
+        denied: tuple[str, ...] = ()
         if not over:
             program, wanted = _program(task, number, test, source)
             outcome = box.run(program, limits)
             if outcome.status == "error":
                 raise ChildProcessError(outcome.note)
             why = _why_not(test, outcome, wanted)
+            denied = tuple(outcome.denied)
             over = outcome.status == "timeout" or bool(stop_early and why)
-        verdicts.append(TestVerdict(number=number, visible=visible, passed=not why, why=why))
+        verdicts.append(TestVerdict(number=number, visible=visible, passed=not why, why=why, denied=denied))
     return verdicts
 
 
@@ -143,11 +147,12 @@ def _limits(task: Task) -> Limits:
 
 
 def _summary(verdicts: Sequence[TestVerdict]) -> str:
-    """Example: "visible 2 of 2, hidden 0 of 3; test 3: timeout"."""
+    """Example: "visible 2 of 2, hidden 0 of 3; test 3: timeout; forbidden: socket"."""
     parts = []
     for name, kind in (("visible", True), ("hidden", False)):
         of_kind = [v.passed for v in verdicts if v.visible is kind]
         if of_kind:
             parts.append(f"{name} {sum(of_kind)} of {len(of_kind)}")
     first = next((f"; test {v.number}: {v.why}" for v in verdicts if not v.passed), "")
-    return ", ".join(parts) + first
+    denied = sorted({name for v in verdicts for name in v.denied})
+    return ", ".join(parts) + first + (f"; forbidden: {', '.join(denied)}" if denied else "")

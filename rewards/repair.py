@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from posttrain.rewards import bubblewrap
-from posttrain.rewards.base import Unscorable, per_rollout
+from posttrain.rewards.base import Mark, Unscorable, per_rollout
 from posttrain.rewards.sandbox import Call, Limits, Program
 from posttrain.schema import Rollout, Task
 
@@ -29,7 +29,7 @@ def results(cases):
 
 
 @per_rollout
-def hidden_tests(task: Task, rollout: Rollout) -> float:
+def hidden_tests(task: Task, rollout: Rollout) -> Mark:
     """1 if every case of meta["hidden"] gives its result with the files of the outcome, else 0.
 
     Raises SandboxMissing or Unscorable if the sandbox is missing or fails; neither is a score.
@@ -39,7 +39,7 @@ def hidden_tests(task: Task, rollout: Rollout) -> float:
         raise ValueError(f"task {task.id} has no hidden cases (a list in meta)")
     files = rollout.outcome.get("files")
     if rollout.stop != "eos" or not isinstance(files, dict):
-        return 0.0
+        return Mark(0.0, "the episode did not end with files")
     program = Program(
         source=_DRIVER,
         call=Call(function="results", args=([[name, arguments] for name, arguments, _ in cases],)),
@@ -48,7 +48,12 @@ def hidden_tests(task: Task, rollout: Rollout) -> float:
     outcome = bubblewrap.shared().run(program, LIMITS)
     if outcome.status == "error":
         raise Unscorable(f"the sandbox failed: {outcome.note}")
-    return float(outcome.has_value and _same(outcome.value, [[result] for _, _, result in cases]))
+    if not outcome.has_value:
+        return Mark(0.0, f"no results: {outcome.status} {outcome.note}".rstrip())
+    found = outcome.value if isinstance(outcome.value, list) else []
+    wanted = [[result] for _, _, result in cases]
+    passed = sum(map(_same, found, wanted))
+    return Mark(float(len(found) == passed == len(wanted)), f"{passed} of {len(wanted)} hidden cases")
 
 
 def _same(found: Any, wanted: Any) -> bool:

@@ -24,7 +24,8 @@ from typing import Any
 RunSource = Callable[[str, dict[str, Any] | None], int]
 TICK_S = 0.05
 """How often memory, CPU time and disk of a running program are looked at."""
-BLOCK = 4096
+BYTES_PER_FILE = 4096
+"""Every file counts at least this much of the disk limit, also an empty one."""
 WORK = "/w"
 _NOTIFY_RECEIVE, _NOTIFY_SEND = 0xC0502100, 0xC0182101
 _NOTIFICATION, _NOTIFICATION_ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct("=QqiI")
@@ -207,15 +208,15 @@ class _Program:
             "seconds": time.monotonic() - self._began,
             "cpu_s": _cpu_of_the_dead() - self._cpu_before,
             "denied": self._denied,
-            "files": bool(os.listdir(WORK)),
+            "files": _is_used(WORK),
         }
         return header, [bytes(taken[:limit]) for taken in self._taken.values()]
 
     def _feed(self) -> bool:
+        """Write to the program's stdin; False when all is written or nobody reads."""
         try:
-            self._stdin = (
-                self._stdin[os.write(self._in, self._stdin[:65536]) :] if self._stdin else self._stdin
-            )
+            if self._stdin:
+                self._stdin = self._stdin[os.write(self._in, self._stdin[:65536]) :]
         except BlockingIOError:
             return True
         except BrokenPipeError:
@@ -257,8 +258,16 @@ class _Program:
             self._stopped = "timeout"
         elif resident > self._limits["memory_bytes"]:
             self._stopped = "memory"
-        elif max(used, files * BLOCK) > self._limits["disk_bytes"]:
+        elif max(used, files * BYTES_PER_FILE) > self._limits["disk_bytes"]:
             self._stopped = "disk"
+
+
+def _is_used(folder: str) -> bool:
+    """Whether a folder holds anything, or can no longer be read."""
+    try:
+        return bool(os.listdir(folder))
+    except OSError:
+        return True
 
 
 def _kill_everything() -> dict[int, int]:
@@ -289,7 +298,7 @@ def _usage_of_the_living() -> tuple[float, int]:
                 fields = file.read().rpartition(b")")[2].split()
                 ticks += sum(map(int, fields[11:15]))
                 pages += int(fields[21])
-    return ticks / os.sysconf("SC_CLK_TCK"), pages * BLOCK
+    return ticks / os.sysconf("SC_CLK_TCK"), pages * resource.getpagesize()
 
 
 # ---- the program's own process ----

@@ -84,24 +84,29 @@ class _Worker:
     def judge(self, reward: Reward, task: Task, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Verdict]]:
         """Verdicts as they come. At least one comes; if the worker fails the rest stays open for another call."""
         open_ones = set(range(len(rollouts)))
-        together = True
+        job = _pickled(reward, task, rollouts)
+        together: bool | None = None
         try:
             if self.process is None:
                 self._start()
-            self._send(pickle.dumps((reward.fn, reward.args, task, rollouts)))
+            self._send(job)
             together = self._receive(START_TIMEOUT_S)["together"]
             while open_ones:
                 message = self._receive(reward.timeout_s)
                 open_ones.discard(message["place"])
                 yield message["place"], Verdict(message["value"], message["kind"], message["why"])
         except TimeoutError:
-            why = Verdict(None, "failed", f"gave no answer within {reward.timeout_s:g} s")
+            if together is None:
+                why = Verdict(None, "died", f"did not load within {START_TIMEOUT_S:g} s")
+            else:
+                why = Verdict(None, "failed", f"gave no answer within {reward.timeout_s:g} s")
         except OSError as error:
             why = Verdict(None, "died", f"ended its process: {error}")
         else:
             return
         self.kill()
-        for place in sorted(open_ones) if together else [min(open_ones)]:
+        self._start()  # its imports need not wait for the next group
+        for place in [min(open_ones)] if together is False else sorted(open_ones):
             yield place, why
 
     def kill(self) -> None:
@@ -131,7 +136,10 @@ class _Worker:
         size = int.from_bytes(self._exactly(4, deadline))
         if size > _MESSAGE_BYTES:
             raise ConnectionError(f"announces a message of {size} bytes")
-        message: dict[str, Any] = json.loads(self._exactly(size, deadline))
+        try:
+            message: dict[str, Any] = json.loads(self._exactly(size, deadline))
+        except ValueError:
+            raise ConnectionError("sends what is no JSON") from None
         return message
 
     def _exactly(self, size: int, deadline: float) -> bytes:
@@ -160,8 +168,18 @@ def _spawner() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="reward-workers")
 
 
+def _pickled(reward: Reward, task: Task, rollouts: Sequence[Rollout]) -> bytes:
+    try:
+        return pickle.dumps((reward.fn, reward.args, task, rollouts))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"reward {reward.fn!r}: task {task.id} cannot be sent to another process: {error}; "
+            "keep plain data in its meta, or mark the reward @bounded"
+        ) from None
+
+
 def _spawn(descriptor: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "posttrain.rewards.worker", str(descriptor)]
+    command = [sys.executable, "-P", "-m", "posttrain.rewards.worker", str(descriptor)]
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(
         command,

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -33,8 +33,10 @@ from posttrain.tasks import load_tasks
 
 MIB = 1 << 20
 LIMITS = Limits(
-    cpu_s=1.0, wall_s=2.0, memory_bytes=192 * MIB, processes=12, output_bytes=64 << 10, disk_bytes=8 * MIB
+    cpu_s=1.0, wall_s=20.0, memory_bytes=192 * MIB, processes=12, output_bytes=64 << 10, disk_bytes=8 * MIB
 )
+"""The wall time is long, so that a busy machine changes no outcome; what waits has SHORT."""
+SHORT = replace(LIMITS, wall_s=1.0)
 SECRET = "planted-secret-5e1f"
 MARK = "posttrain-left-behind"
 LATENESS_S = 1.0
@@ -73,7 +75,7 @@ PROGRAMS = [
         "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
         "timeout",
     ),
-    Bad(3, "sleep", "import time\nwhile True: time.sleep(1e6)", "timeout"),
+    Bad(3, "sleep", "import time\nwhile True: time.sleep(1e6)", "timeout", limits=SHORT),
     Bad(4, "huge power", "9**9**9", "timeout"),
     Bad(4, "slow regex", "import re; re.match('(a+)+$', 'a' * 60 + 'b')", "timeout"),
     Bad(
@@ -139,7 +141,7 @@ PROGRAMS = [
         "a million files",
         "for i in range(10**6): open(f'/w/{i}', 'w').close()",
         "disk",
-        limits=Limits(cpu_s=9, wall_s=9, disk_bytes=8 * MIB),
+        limits=replace(LIMITS, cpu_s=9),
     ),
     Bad(
         13,
@@ -160,7 +162,7 @@ PROGRAMS = [
         "        print('FOUND', top, name)",
         "ok",
         check=lambda outcome: "FOUND" not in outcome.stdout,
-        limits=Limits(disk_bytes=8 * MIB),
+        limits=replace(LIMITS, cpu_s=5),
     ),
     Bad(14, "environment", "import os; print(dict(os.environ))", "ok", says="'HOME': '/w'"),
     Bad(
@@ -274,6 +276,7 @@ PROGRAMS = [
         says="\ufffd\ufffd\x00",
         check=lambda o: o.value == "\ud800\x00\u202e" + "\u0301" * 1000,
     ),
+    Bad(19, "folder that nobody can read", "import os; os.chmod('/w', 0)", "ok"),
     Bad(30, "source that is no text", "x = '\ud800'", "nonzero", says="surrogates not allowed"),
     Bad(30, "source with NUL", "x = '\x00'", "nonzero", says="null bytes"),
     Bad(
@@ -299,9 +302,11 @@ def _sandbox(tmp_path_factory: pytest.TempPathFactory, *, uses: int) -> Iterator
     os.environ["POSTTRAIN_SECRET"] = SECRET
     (tmp_path_factory.mktemp("host") / "secret").write_text(SECRET)
     sandbox = Bubblewrap(LIMITS, warm=4, uses=uses)
-    yield sandbox
-    sandbox.close()
-    del os.environ["POSTTRAIN_SECRET"]
+    try:
+        yield sandbox
+    finally:
+        sandbox.close()
+        del os.environ["POSTTRAIN_SECRET"]
     assert not _left_processes(), "processes survived"
     assert not _left_files(), "files outside the sandbox"
 
@@ -333,11 +338,8 @@ def _left_files() -> list[Path]:
 
 
 def _try(box: Bubblewrap, bad: Bad, port: int) -> None:
-    began = time.monotonic()
     outcome = box.run(Program(source=bad.source.replace("PORT", str(port)), call=bad.call), bad.limits)
-    assert time.monotonic() - began < bad.limits.wall_s + LATENESS_S + outcome.seconds - min(
-        outcome.seconds, bad.limits.wall_s
-    )
+    assert outcome.seconds < bad.limits.wall_s + LATENESS_S
     assert outcome.status == bad.status, outcome
     assert all(outcome.denied.get(name, 0) > 0 for name in bad.denied), outcome
     assert bad.says in outcome.stdout + outcome.stderr, outcome
@@ -507,6 +509,7 @@ class _Bomb:
         return os.system, (f"touch {self._mark}",)
 
 
+@pytest.mark.slow
 def test_29_pickles_and_configs_that_call_things_are_refused(tmp_path: Path) -> None:
     from posttrain.model import checkpoint
 

@@ -16,7 +16,7 @@ from test_rewards import rollout, task
 
 from posttrain import config
 from posttrain.rewards import judge
-from posttrain.rewards.base import Unscorable, load_reward
+from posttrain.rewards.base import Mark, Unscorable, load_reward
 from posttrain.rewards.judge import CANARIES, Panel, Settings
 from posttrain.rewards.judge_cache import Cache
 from posttrain.rewards.judge_http import Endpoint
@@ -109,9 +109,7 @@ def _judged(**meta: Any) -> Task:
     return task(meta={"criteria": CRITERIA} | meta)
 
 
-def _score(
-    server: Server, model: str, given: Task, *texts: str, **settings: Any
-) -> list[Any]:
+def _score(server: Server, model: str, given: Task, *texts: str, **settings: Any) -> list[Any]:
     """What the panel says of each text, asked at the same time."""
     panel = Panel(Endpoint(model=model, base_url=server.url), Settings(**({"canaries": 0.0} | settings)))
 
@@ -119,7 +117,7 @@ def _score(
         asked = [panel.score(given, rollout(text)) for text in texts]
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    return asyncio.run(every())
+    return [found.value if isinstance(found, Mark) else found for found in asyncio.run(every())]
 
 
 def test_marks_are_weighted(server: Server) -> None:
@@ -129,7 +127,7 @@ def test_marks_are_weighted(server: Server) -> None:
     request = server.asked[0]
     assert request["temperature"] == 0
     schema = request["response_format"]["json_schema"]["schema"]
-    assert list(schema["$defs"]["Mark"]["properties"]) == ["reason", "score"], "the reason comes first"
+    assert list(schema["$defs"]["Grade"]["properties"]) == ["reason", "score"], "the reason comes first"
 
 
 def test_only_the_final_json_of_a_thinking_judge_counts(server: Server) -> None:
@@ -139,8 +137,8 @@ def test_only_the_final_json_of_a_thinking_judge_counts(server: Server) -> None:
 def test_long_and_cut_answers_are_worth_nothing(server: Server) -> None:
     panel = Panel(Endpoint(model="honest", base_url=server.url), Settings())
     cut = rollout("red and blue", stop="length")
-    assert asyncio.run(panel.score(_judged(), cut)) == 0
-    assert asyncio.run(panel.score(_judged(), rollout("red blue" + "x" * 20_000))) == 0
+    assert asyncio.run(panel.score(_judged(), cut)).value == 0
+    assert asyncio.run(panel.score(_judged(), rollout("red blue" + "x" * 20_000))).value == 0
     assert not server.asked
 
 
@@ -166,7 +164,7 @@ def test_a_reply_that_is_no_verdict_is_asked_for_again(server: Server) -> None:
     (error,) = _score(server, "rambling", _judged(), "blue")
     assert isinstance(error, ValueError) and "4 replies of the judge are no verdict" in str(error)
     (error,) = _score(server, "short", _judged(), "blue")
-    assert isinstance(error, ValueError) and "1 marks for 2 criteria" in str(error)
+    assert isinstance(error, ValueError) and "1 grades for 2 criteria" in str(error)
 
 
 def test_near_the_border_two_opinions_count(server: Server) -> None:
@@ -261,6 +259,7 @@ def test_in_a_recipe_the_judge_runs_in_a_worker(server: Server, tmp_path: Path) 
     scorer = Scorer([config.Reward(fn="posttrain.rewards.judge:rubric", args=args)])
     scores = scorer.score(_judged(), [rollout(text) for text in ("red and blue", "red", "green", "")])
     assert [score.value for score in scores] == [1, 0.25, 0, 0]
+    assert scores[1].note == "rubric 10: because; 0: because", "the reasons are kept with the rollout"
     args["judge"] = given | {"model": "fooled"}
     fooled = Scorer([config.Reward(fn="posttrain.rewards.judge:rubric", args=args)])
     (score,) = fooled.score(_judged(), [rollout("red and blue")])

@@ -270,6 +270,18 @@ def test_one_timeout_ends_the_tests() -> None:
     assert [v.why for v in found] == ["timeout", "not run", "not run"]
 
 
+def test_a_program_that_looks_for_the_network_is_noted() -> None:
+    given = task(answer=SORT, meta={"tests": TESTS[:1]})
+    found: dict[int, Verdict] = {}
+    judge(
+        program.passed,
+        given,
+        [rollout(f"import socket\ntry: socket.socket()\nexcept OSError: pass\n{SORT}")],
+        found.__setitem__,
+    )
+    assert found[0] == Verdict(1, "judged", "visible 1 of 1; forbidden: socket")
+
+
 @pytest.mark.parametrize(
     ("found", "wanted", "equal"),
     [

@@ -252,13 +252,14 @@ def test_a_reward_that_fails_on_the_reference_too_quarantines_the_task(workers: 
 @pytest.mark.slow
 def test_a_reward_that_hangs_delays_nobody_beyond_its_deadline(workers: Workers) -> None:
     found = scorer("fragile", workers, timeout_s=2)
-    values(found, "a", "b")  # both workers are up
-    values(scorer("one", workers), "a")
+    began = time.monotonic()
+    values(found, "die")
+    restart_s = time.monotonic() - began  # two starts at least; long on a busy machine
     hanging = (found, task(answer=GOLD), [rollout("hang")])
     quick = [(found, task(answer=GOLD), [rollout("a")] * 8) for _ in range(50)]
     began = time.monotonic()
     scores = score_all([hanging, *quick, hanging])
-    assert time.monotonic() - began < 2 * 2 + 3, "two hangs, two workers"
+    assert time.monotonic() - began < 2 * 2 + 2 * restart_s, "two hangs, two workers"
     assert [s.value for of_group in scores for s in of_group] == [0, *[1] * 400, 0]
 
 
@@ -267,3 +268,9 @@ def test_killed_workers_leave_no_process_behind(workers: Workers) -> None:
     values(scorer("fragile", workers, timeout_s=0.3), "hang", "die", "spin")
     after = {child.pid for child in psutil.Process().children(recursive=True)} - set(workers.pids())
     assert after <= before
+
+
+def test_a_task_that_cannot_travel_is_one_line(workers: Workers) -> None:
+    given = task(answer=GOLD, meta={"f": lambda: 1})
+    with pytest.raises(ValueError, match=r"task d/1 cannot be sent .*mark the reward @bounded"):
+        scorer("one", workers).score(given, [rollout("a")])
