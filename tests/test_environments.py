@@ -717,6 +717,21 @@ def test_the_example_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.Monk
     assert tools.state(task, [gold, junk]) == [1, 0]
 
 
+@pytest.mark.parametrize("world", [records, pages], ids=["sql", "search"])
+def test_demonstrations_of_the_small_world_need_no_unknown_word(world: ModuleType) -> None:
+    rng, right = Random(0), 0.0
+    for task in world.tasks(seed=2, n=60):
+        messages = world.demonstrate(task, rng)
+        tokens, _ = chat.encode_with_mask(TOKENIZER, [*task.messages, *messages])
+        assert TOKENIZER.unk_token_id not in tokens
+        turns = [m["content"] for m in messages if m["role"] == "assistant"]
+        rollout = play(world.start, task, _script(*turns), seed=0, max_turns=9)
+        assert [m["content"] for m in rollout.messages] == [m["content"] for m in messages]
+        (score,) = (tools.state if "goal" in task.meta else tools.outcome)(task, [rollout])
+        right += score or 0.0
+    assert 20 <= right <= 45, "flawed on purpose"
+
+
 # ---- the small world's SQL ----
 
 
