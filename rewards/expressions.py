@@ -22,7 +22,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_ALGEBRA = re.compile(r"[A-Za-z]+|\d{1,12}|\*\*|[-+*/(). ]")
+_ALGEBRA = re.compile(r"[A-Za-z]+|\d{1,12}(?:\.\d{1,12})?|[-+*/() ]")
 _FUNCTIONS = frozenset("sin cos tan asin acos atan sinh cosh tanh exp log sqrt E pi".split())
 _CHECK = """
 import sympy
@@ -88,8 +88,7 @@ def _is_algebra(text: str, names: set[str]) -> bool:
         return False
     pieces = _ALGEBRA.findall(text)
     words = {piece for piece in pieces if piece[0].isalpha()}
-    plain = re.search(r"[A-Za-z0-9)]\s*\.|\.\s*[A-Za-z]", text) is None or not re.search(r"\.\s*\D", text)
-    return "".join(pieces) == text and words <= names | _FUNCTIONS and plain
+    return "".join(pieces) == text and words <= names | _FUNCTIONS
 
 
 @functools.cache

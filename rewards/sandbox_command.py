@@ -45,6 +45,8 @@ def command(limits: Limits, packages: Sequence[str], boot: str) -> list[str]:
         "--setenv HOME /w --setenv LANG C.UTF-8 --setenv PYTHONDONTWRITEBYTECODE 1 "
         "--setenv PYTHONHASHSEED 0 --setenv PYTHONUTF8 1"
     ).split()
+    if sysconfig.get_config_var("Py_ENABLE_SHARED"):  # the loader's cache, in /etc, is not shown
+        options += ["--setenv", "LD_LIBRARY_PATH", sysconfig.get_config_var("LIBDIR")]
     inside = [*options, *_libraries(), *binds, *_hidden(), "--remount-ro", "/"]
     return [*before, "bwrap", *inside, "--", executable(), "-s", "-S", "-P", "-c", boot]
 

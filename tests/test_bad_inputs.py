@@ -232,6 +232,13 @@ PROGRAMS = [
         call=F,
         check=lambda outcome: "FOUND" not in outcome.stdout,
     ),
+    Bad(
+        20,
+        "descriptors that are not its own",
+        "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))",
+        "ok",
+        says="[0, 1, 2, 3, 4]",  # the last one reads the folder
+    ),
     Bad(21, "exit", "import sys\ndef f(x): sys.exit(0)", "ok", call=F, check=lambda o: not o.has_value),
     Bad(21, "hard exit", "import os\ndef f(x): os._exit(0)", "ok", call=F, check=lambda o: not o.has_value),
     Bad(

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -263,11 +264,24 @@ def test_a_reward_that_hangs_delays_nobody_beyond_its_deadline(workers: Workers)
     assert [s.value for of_group in scores for s in of_group] == [0, *[1] * 400, 0]
 
 
-def test_killed_workers_leave_no_process_behind(workers: Workers) -> None:
-    before = {child.pid for child in psutil.Process().children(recursive=True)} - set(workers.pids())
-    values(scorer("fragile", workers, timeout_s=0.3), "hang", "die", "spin")
-    after = {child.pid for child in psutil.Process().children(recursive=True)} - set(workers.pids())
-    assert after <= before
+@per_rollout
+def starts_a_child_and_hangs(task: Task, rollout: Rollout) -> float:
+    if rollout.text == GOLD:
+        return 1.0
+    child = subprocess.Popen(["sleep", "1000"])
+    Path(task.meta["mark"]).write_text(str(child.pid))
+    return float(child.wait())
+
+
+def test_killed_workers_leave_no_process_behind(workers: Workers, tmp_path: Path) -> None:
+    given = task(answer=GOLD, meta={"mark": str(tmp_path / "pid")})
+    (score,) = scorer("starts_a_child_and_hangs", workers, timeout_s=2).score(given, [rollout("a")])
+    assert score.value == 0 and score.blamed
+    child = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_task_that_cannot_travel_is_one_line(workers: Workers) -> None:
