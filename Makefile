@@ -2,6 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A second Triton, which tests/test_compile.py compiles the kernels with: the one of GPU machines with torch 2.11.
+TRITON36 := .triton36/.installed
 
 .PHONY: help demo demo-seeds forgetting test test-full check bench
 help:
@@ -17,6 +19,10 @@ $(INSTALLED): pyproject.toml constraints.txt .ci/install
 	.ci/install $(VENV)
 	@touch $@
 
+$(TRITON36): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton36 triton==3.6.0
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/posttrain run configs/demo.toml
 
@@ -29,7 +35,7 @@ forgetting: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-full: $(INSTALLED)
+test-full: $(INSTALLED) $(TRITON36)
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED)

@@ -105,6 +105,17 @@ def sparse_mla(
     return probs_BQHK.to(q_BQHE.dtype) @ kept_BQKE[..., :value_size], probs_BQHK
 
 
+def paged(pool_PSX: Tensor, table_BM: Tensor, num_keys: int) -> Tensor:
+    """Keys 0 .. num_keys - 1 of every sequence of a paged cache, [B, L, X].
+
+    Key t of sequence b is token t mod S of block table[b, t div S] of the pool [P, S, X]. Table entries of
+    blocks that are not in use may be anything: what they give is not to be seen by any query.
+    """
+    keys_L = torch.arange(num_keys, device=pool_PSX.device)
+    blocks_BL = table_BM[:, keys_L // pool_PSX.shape[1]].long().clamp(0, len(pool_PSX) - 1)
+    return pool_PSX[blocks_BL, keys_L % pool_PSX.shape[1]]
+
+
 def indexer_kl(p_BQL: Tensor, scores_BQL: Tensor, mask_BQL: Tensor) -> Tensor:
     """D_KL(p || softmax(I)) per query over the allowed keys, V3.2-Exp Eq. 3 and 4, fp32 [B, Q].
 

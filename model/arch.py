@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
+from posttrain.kernels import backend
 from posttrain.kernels.pointwise import rms_norm, swiglu
 from posttrain.model.attention import DsaAttention
 from posttrain.model.context import Context
@@ -120,6 +121,18 @@ class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
             x_TD = x_TD.index_select(0, at_M)
         logits_MV: Tensor = self.lm_head(x_TD).float()
         return logits_MV
+
+    def backend(self, choice: backend.Choice, *, deterministic: bool = False) -> backend.Backend:
+        """What runs this model's sparse attention where it is now; ValueError if that cannot be had."""
+        weight = self.lm_head.weight
+        entry_size = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return backend.resolve(
+            choice,
+            weight.device,
+            num_heads=self.config.num_attention_heads,
+            entry_bytes=entry_size * weight.element_size(),
+            deterministic=deterministic,
+        )
 
     def indexer_parameters(self) -> list[nn.Parameter]:
         """Parameters of all lightning indexers."""

@@ -2,11 +2,17 @@
 
 Dense is ordinary multi-head MLA. Sparse folds W_UK into the query and W_UV behind the attention, so that
 one selected set of latent entries serves all heads (V3.2-Exp Eq. 2, mode "MQA"). Softmax scale is
-qk_head_dim^-1/2 (times mscale^2 under YaRN) in both. Next: ../kernels/reference.py.
+qk_head_dim^-1/2 (times mscale^2 under YaRN) in both. The sparse path is written twice: on grids [B, Q, L] of
+index scores for the torch backend, and for Triton, where no such grid exists; there the rows that keep all
+their keys are dense attention, which costs 320 instead of 1088 multiplications per query, key and head
+(832 instead of 2752 backward) at the size of DeepSeek-V3.2. Next: ../kernels/reference.py, ../kernels/dsa.py.
 
-Shape letters: T tokens, B rows, Q queries, L keys, H heads, E entry size = R + P, R latent, P rotary,
+Shape letters: T tokens, S slots, B rows, Q queries, L keys, H heads, E entry size = R + P, R latent, P rotary,
 N no-position size of a head, V value size, K kept entries, J indexer heads, I indexer head size.
 """
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +21,14 @@ from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
 from posttrain.kernels import reference
+from posttrain.kernels.pages import Pages
 from posttrain.kernels.sparse_mla import sparse_mla
 from posttrain.model.context import Context
 from posttrain.model.indexer import LightningIndexer
 from posttrain.model.rope import Rope, rotate
+
+if TYPE_CHECKING:  # triton exists on Linux only
+    from posttrain.kernels.index_topk_triton import Ranges
 
 
 class DsaAttention(hf.DeepseekV32Attention):
@@ -40,24 +50,29 @@ class DsaAttention(hf.DeepseekV32Attention):
         entries_TE = torch.cat((self.kv_a_layernorm(kv_TR), rotate(k_rot_TP, rope)), dim=-1)
         q_rot_THP = rotate(q_rot_THP, rope)
         sparse, warmup = context.attention == "sparse", context.indexer_loss == "dense"
-        scores_BQL: Tensor | None = None
+        by_triton = context.backend.name == "triton"
         if sparse or warmup:
-            scores_BQL = self._index_scores(x_TD, latent_TC, rope, context)
-        if sparse or warmup or context.diagnose:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
+                q_index_TJI, k_index_TI, w_TJ = self.indexer(x_TD, latent_TC, rope)
+        if by_triton and (sparse or warmup):
+            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ * self.indexer.head_dim**-0.5)
+        if context.diagnose or ((sparse or warmup) and not by_triton):
+            scores_BQL = self._index_scores(q_index_TJI, k_index_TI, w_TJ, context)
             absorbed_THE = torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1)
-        if warmup or context.diagnose:
-            assert scores_BQL is not None, "diagnosis needs the indexer"
-            self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
-        if sparse:
-            assert scores_BQL is not None
-            o_THV = self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
-        else:
+            if warmup or context.diagnose:
+                self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
+        elif warmup:
+            self._warmup_by_triton(rows, entries_TE, k_index_TI, context)
+        if not sparse:
             o_THV = self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
+        elif by_triton:
+            o_THV = self._sparse_by_triton(rows, entries_TE, k_index_TI, context)
+        else:
+            o_THV = self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
         return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
 
-    def _index_scores(self, x_TD: Tensor, latent_TC: Tensor, rope: Rope, context: Context) -> Tensor:
+    def _index_scores(self, q_TJI: Tensor, k_TI: Tensor, w_TJ: Tensor, context: Context) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
-            q_TJI, k_TI, w_TJ = self.indexer(x_TD, latent_TC, rope)
             k_BLI = context.keys(self.layer_idx, "index", k_TI)
             return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
 
@@ -75,7 +90,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             kept_BQK = reference.select_topk(scores_BQL, context.mask(), self.index_topk)
         o_THR, p_TK = sparse_mla(
             q_THE,
-            context.entries(self.layer_idx, entries_TE),
+            context.slotted(self.layer_idx, "entries", entries_TE),
             context.slots(kept_BQK),
             self.scaling,
             self.kv_lora_rank,
@@ -85,7 +100,96 @@ class DsaAttention(hf.DeepseekV32Attention):
         if context.indexer_loss == "sparse":
             kept_scores_TK = context.flat(scores_BQL.gather(-1, kept_BQK.clamp(min=0)))
             record.kl = reference.indexer_kl(p_TK, kept_scores_TK, context.flat(kept_BQK >= 0)).sum()
+            record.kl_value = record.kl.detach()
+        return self._values(o_THR)
+
+    def _values(self, o_THR: Tensor) -> Tensor:
+        """o = W_UV o^A: [T, H, R] -> [T, H, V]."""
         return torch.bmm(o_THR.transpose(0, 1), self.up_projections()[1].transpose(1, 2)).transpose(0, 1)
+
+    def _warmup_by_triton(
+        self, rows: "_Rows", entries_TE: Tensor, k_index_TI: Tensor, context: Context
+    ) -> None:
+        """Warm-up loss over all causal keys (Eq. 3) without a grid; the attention, which gives p, is multi-head."""
+        from posttrain.kernels import dsa, warmup_kl_triton  # triton exists on Linux only
+        from posttrain.kernels.dense_probs_triton import attention_lse
+
+        ranges = context.plan(0).ranges
+        assert ranges is not None, "no rows"
+        with torch.no_grad():
+            latent_TR, k_rot_TP = entries_TE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            kv_TH = self.kv_b_proj(latent_TR).unflatten(-1, (self.num_heads, -1))
+            q_THE = torch.cat((rows.q_nope_THN, rows.q_rot_THP), dim=-1)
+            keys = (kv_TH[..., : self.qk_nope_head_dim], k_rot_TP.contiguous())
+            lse_TH = attention_lse(q_THE, *keys, ranges, self.scaling)
+        attention = warmup_kl_triton.Attention(q_THE, *keys, lse_TH, self.scaling)
+        record = context.record(self.layer_idx)
+        index = dsa.Index(rows.q_index_TJI, k_index_TI, rows.w_TJ)
+        record.kl = dsa.warmup_loss(index, attention, ranges)
+        record.kl_value = record.kl.detach()
+
+    def _sparse_by_triton(
+        self, rows: "_Rows", entries_TE: Tensor, k_index_TI: Tensor, context: Context
+    ) -> Tensor:
+        """The sparse path on queries [T] and slots [S]: dense, by kernels, or by kernels for a cache."""
+        entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
+        keys_SI = context.slotted(self.layer_idx, "index", k_index_TI)
+        pages = context.pages(self.layer_idx)
+        if pages is not None:
+            return self._decode(rows, pages, context)
+        plan = context.plan(self.index_topk if _has_dense_rows(context) else 0)
+        ranges, split = plan.ranges, plan.split
+        if split is None:
+            assert ranges is not None, "no rows"
+            return self._attend_kept(rows, entries_SE, keys_SI, ranges, context)
+        early = rows.select(split.early_T)
+        q_THE = torch.cat((early.q_nope_THN, early.q_rot_THP), dim=-1)
+        early_THV = self._dense(q_THE, entries_TE.index_select(0, split.early_T), split.early)
+        if ranges is None:
+            return early_THV
+        late_THV = self._attend_kept(rows.select(split.late_T), entries_SE, keys_SI, ranges, context)
+        return torch.cat((early_THV, late_THV)).index_select(0, split.back_T)
+
+    def _attend_kept(
+        self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, ranges: "Ranges", context: Context
+    ) -> Tensor:
+        from posttrain.kernels import dsa  # triton exists on Linux only
+
+        index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
+        slots_TK = dsa.select(index, ranges, self.index_topk)
+        o_THR, kl = dsa.attend(
+            torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1),
+            entries_SE,
+            slots_TK,
+            scale=self.scaling,
+            value_size=self.kv_lora_rank,
+            deterministic=context.backend.deterministic,
+            index=index if context.indexer_loss == "sparse" else None,
+        )
+        record = context.record(self.layer_idx)
+        if kl is not None:
+            record.kl, record.kl_value = kl.loss, kl.value
+        if context.record_kept:
+            kept_TK = torch.where(slots_TK < 0, slots_TK, slots_TK - ranges.begin_N[:, None])
+            record.kept_BQK = context.grid(kept_TK)
+        return self._values(o_THR)
+
+    def _decode(self, rows: "_Rows", pages: Pages, context: Context) -> Tensor:
+        from posttrain.kernels import dsa  # triton exists on Linux only
+
+        q_THE = torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1)
+        o_BQHR, kept_BQK = dsa.decode(
+            context.grid(q_THE),
+            context.grid(rows.q_index_TJI),
+            context.grid(rows.w_TJ),
+            pages,
+            num_kept=self.index_topk,
+            scale=self.scaling,
+            value_size=self.kv_lora_rank,
+        )
+        if context.record_kept:
+            context.record(self.layer_idx).kept_BQK = kept_BQK
+        return self._values(context.flat(o_BQHR))
 
     def _dense(self, q_THE: Tensor, entries_TE: Tensor, context: Context) -> Tensor:
         q_BQHE, entries_BLE = context.grid(q_THE), context.keys(self.layer_idx, "entries", entries_TE)
@@ -118,6 +222,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         if context.indexer_loss == "dense":
             kl_BQ = reference.indexer_kl(p_BQL, scores_BQL, mask_BQL)
             record.kl = (kl_BQ * context.query_mask()).sum()
+            record.kl_value = record.kl.detach()
         if context.diagnose:
             # Only queries that have something to leave out count.
             counted_BQ = context.query_mask() & (context.query_positions_BQ >= self.index_topk)
@@ -125,3 +230,27 @@ class DsaAttention(hf.DeepseekV32Attention):
             caught_BQ = (p_BQL.gather(-1, kept_BQK.clamp(min=0)) * (kept_BQK >= 0)).sum(-1)
             oracle_BQ = p_BQL.topk(min(self.index_topk, p_BQL.shape[-1]), dim=-1).values.sum(-1)
             record.recall = torch.stack([(x * counted_BQ).sum() for x in (caught_BQ, oracle_BQ)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the Triton path knows of each query."""
+
+    q_nope_THN: Tensor
+    q_rot_THP: Tensor
+    q_index_TJI: Tensor
+    w_TJ: Tensor
+    """With every factor."""
+
+    def select(self, at: Tensor) -> "_Rows":
+        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ)
+        return _Rows(*(part.index_select(0, at) for part in parts))
+
+
+def _has_dense_rows(context: Context) -> bool:
+    """Whether rows that keep all their keys may be dense: not where the kept keys or their p are wanted.
+
+    Nor where gradients must be the same bits: those of torch's attention are not.
+    """
+    wanted = context.record_kept or context.indexer_loss != "none"
+    return context.backend.dense_rows and not context.backend.deterministic and not wanted

@@ -3,18 +3,26 @@
 The same modules run in training and in generation; what differs is the context. `PackedContext` is
 for training: documents packed into [T], laid out as a grid [B, L] of documents inside attention only.
 `StaticContext` is for the torch engine: one preallocated cache of latents and indexer keys.
-A paged context for vLLM has the same surface. Next: attention.py.
+A paged context for vLLM has the same surface. Only the torch backend works on grids [B, Q] and [B, L]; Triton's
+kernels see tokens [T] and slots [S], the rows of slotted(). Next: attention.py.
 
-Shape letters: T tokens, B rows, Q queries per row, L keys per row, N layers, K kept, E experts per token.
+Shape letters: T tokens, B rows, Q queries per row, L keys per row, S slots, N layers, K kept, E experts per token.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.kernels import reference
+from posttrain.kernels.backend import TORCH, Backend
+from posttrain.kernels.pages import Pages
+
+if TYPE_CHECKING:  # triton exists on Linux only
+    from posttrain.kernels.index_topk_triton import Ranges
 
 AttentionMode = Literal["dense", "sparse"]
 IndexerLoss = Literal["none", "dense", "sparse"]
@@ -26,7 +34,9 @@ class LayerRecord:
     """What one layer leaves behind in one forward pass, for losses and reports."""
 
     kl: Tensor | None = None
-    """Sum over queries of D_KL(p || softmax I), differentiable for the indexer."""
+    """Sum over queries of D_KL(p || softmax I), differentiable for the indexer; for its number see kl_value."""
+    kl_value: Tensor | None = None
+    """kl in numbers. Triton knows it after the backward pass: NaN before."""
     recall: Tensor | None = None
     """[2] attention mass caught by the indexer's top-k and by the oracle's, summed over the queries counted."""
     kept_BQK: Tensor | None = None
@@ -39,8 +49,10 @@ class Context(Protocol):
     """What attention and MoE need to know about a forward pass."""
 
     attention: AttentionMode
+    backend: Backend
     indexer_loss: IndexerLoss
     diagnose: bool
+    record_kept: bool
     positions_T: Tensor
     query_positions_BQ: Tensor
     records: dict[int, LayerRecord]
@@ -58,12 +70,20 @@ class Context(Protocol):
         """Add this pass's keys [T, ...] of one layer; return all keys the queries may see, [B, L, ...]."""
         ...
 
-    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
-        """Add this pass's entries of one layer; return all there are, one per slot, [S, E]."""
+    def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        """Add this pass's keys of one layer; return all there are, one per slot, [S, ...]."""
         ...
 
     def slots(self, kept_BQK: Tensor) -> Tensor:
-        """Kept key positions of each query's document as slots of entries(), [T, K]; -1 stays."""
+        """Kept key positions of each query's document as slots, [T, K]; -1 stays."""
+        ...
+
+    def plan(self, num_early: int) -> "Plan":
+        """Which rows go where under the Triton backend: the first num_early of each document dense; made once."""
+        ...
+
+    def pages(self, layer: int) -> Pages | None:
+        """The layer's cache if this pass continues sequences in it; None if its documents start here."""
         ...
 
     def mask(self) -> Tensor:
@@ -79,16 +99,43 @@ class Context(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The first rows of every document, which keep all their keys, and the others."""
+
+    early_T: Tensor
+    late_T: Tensor
+    """Rows of the pass, ascending, as are early_T."""
+    back_T: Tensor
+    """Where each row stands in [early | late]."""
+    early: "PackedContext"
+    """The early rows as documents of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The way of each row (token) under the Triton backend."""
+
+    ranges: "Ranges | None"
+    """Slots that the rows of the kernels may see; None without such rows."""
+    split: Split | None = None
+    """Which rows are dense and which are the kernels'; None if all are the kernels'."""
+
+
 @dataclass(slots=True)
 class _Base:
     attention: AttentionMode
+    backend: Backend = TORCH
     indexer_loss: IndexerLoss = "none"
     diagnose: bool = False
+    record_kept: bool = False
+    """Leave kept_BQK in the records (the torch backend, which has it anyway, always does)."""
     records: dict[int, LayerRecord] = field(default_factory=dict)
     replay_experts: dict[int, Tensor] | None = None
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     _mask: Tensor | None = None
+    _plans: dict[int, Plan] = field(default_factory=dict)
 
     def mask(self) -> Tensor:
         if self._mask is None:
@@ -132,11 +179,21 @@ class PackedContext(_Base):
     def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         return self.grid(x_T)
 
-    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
-        return entries_TE
+    def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        return x_T
 
     def slots(self, kept_BQK: Tensor) -> Tensor:
         return self.flat(_shift(kept_BQK, self.cu_seqlens_S[:-1]))
+
+    def plan(self, num_early: int) -> Plan:
+        if num_early not in self._plans:
+            starts = self.cu_seqlens_S.tolist()
+            lengths = np.diff(starts).tolist()
+            self._plans[num_early] = _plan(starts[:-1], lengths, num_early, self.cu_seqlens_S.device)
+        return self._plans[num_early]
+
+    def pages(self, layer: int) -> None:
+        return None
 
     def query_mask(self) -> Tensor:
         rows, width = self._shape
@@ -171,6 +228,7 @@ class StaticContext(_Base):
     _starts_B: Tensor = field(init=False)
     """First slot of each row."""
     _slots_T: Tensor = field(init=False)
+    _table: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.positions_T = self.query_positions_BQ.reshape(-1)
@@ -189,11 +247,35 @@ class StaticContext(_Base):
         self._add(layer, name, x_T)
         return self.cache.part(name, self.cache.layers[layer][:, : self.num_keys])
 
-    def entries(self, layer: int, entries_TE: Tensor) -> Tensor:
-        return self._add(layer, "entries", entries_TE)
+    def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        return self._add(layer, name, x_T)
 
     def slots(self, kept_BQK: Tensor) -> Tensor:
         return self.flat(_shift(kept_BQK, self._starts_B))
+
+    def plan(self, num_early: int) -> Plan:
+        assert self.pages(0) is None, "documents start in an earlier pass"
+        if num_early not in self._plans:
+            rows, width = self.query_positions_BQ.shape
+            starts = [row * self.cache.length for row in range(rows)]
+            self._plans[num_early] = _plan(starts, [width] * rows, num_early, self.positions_T.device)
+        return self._plans[num_early]
+
+    def pages(self, layer: int) -> Pages | None:
+        if self.query_positions_BQ.shape[1] == self.num_keys:
+            return None
+        entries = self.cache.layers[layer]
+        if self._table is None:  # a row of the cache is one block
+            rows = torch.arange(len(entries), dtype=torch.int32, device=entries.device)
+            self._table = (rows[:, None], (self.query_positions_BQ[:, -1] + 1).int())
+        table_B1, lengths_B = self._table
+        return Pages(
+            entries_PSE=self.cache.part("entries", entries),
+            index_PSI=self.cache.part("index", entries),
+            table_BM=table_B1,
+            lengths_B=lengths_B,
+            max_length=self.num_keys,
+        )
 
     def _add(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         part = self.cache.part(name, self.cache.layers[layer].flatten(0, 1))
@@ -205,3 +287,26 @@ class StaticContext(_Base):
 
 def _shift(kept_BQK: Tensor, starts_B: Tensor) -> Tensor:
     return torch.where(kept_BQK < 0, kept_BQK, kept_BQK + starts_B[:, None, None])
+
+
+def _plan(starts: list[int], lengths: list[int], num_early: int, device: torch.device) -> Plan:
+    """The plan for documents of these lengths and first slots; the first num_early rows of each are dense."""
+    from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
+
+    sizes = torch.tensor(lengths)
+    first_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    positions_T = torch.arange(len(first_T)) - first_T
+    begin_T = torch.tensor(starts).repeat_interleave(sizes)
+    if not num_early:
+        return Plan(key_ranges(begin_T, begin_T + positions_T + 1, device))
+    is_early_T = positions_T < num_early
+    early_T, late_T = is_early_T.nonzero()[:, 0], (~is_early_T).nonzero()[:, 0]
+    ends_S = sizes.clamp(max=num_early).cumsum(0).to(device)
+    late_begin, late_end = begin_T[late_T], (begin_T + positions_T + 1)[late_T]
+    split = Split(
+        early_T=early_T.to(device),
+        late_T=late_T.to(device),
+        back_T=torch.cat((early_T, late_T)).argsort().to(device),
+        early=PackedContext(attention="dense", cu_seqlens_S=F.pad(ends_S, (1, 0))),
+    )
+    return Plan(key_ranges(late_begin, late_end, device) if len(late_T) else None, split)

@@ -23,8 +23,12 @@ from posttrain.schema import Batch
 class Cluster:
     """The Ray cluster of a run, started when the first actor is needed."""
 
-    def __init__(self, cfg: config.Run) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: config.Run, say: Callable[[str], None] = print) -> None:
+        """say is told which kernels learner and engines run, when that becomes known or changes."""
+        self.cfg, self._say = cfg, say
+        self._told: dict[str, str] = {}
+        self.backends: dict[str, str] = {}
+        """Which kernels run in learner and rollouts, and why, of those started since it was cleared."""
         self._started = False
         self._learner_actor: Any = None
         self._pool: Pool | None = None
@@ -60,8 +64,10 @@ class Cluster:
         if self._learner_actor is None:
             options = self._actor_options()
             self._learner_actor = ray.remote(_LearnerActor).options(**options).remote(self.threads)
-        setup = replace(setup, device=self.device, dtype=self.cfg.cluster.dtype)
-        self.wait(self._learner_actor.start.remote(setup), "learner.start")
+        cluster = self.cfg.cluster
+        setup = replace(setup, device=self.device, dtype=cluster.dtype)
+        setup = replace(setup, backend=cluster.backend, deterministic=cluster.deterministic)
+        self._note("learner", self.wait(self._learner_actor.start.remote(setup), "learner.start"))
         return RemoteLearner(self, self._learner_actor)
 
     def pool(self, setup: PoolSetup) -> Pool:
@@ -69,8 +75,11 @@ class Cluster:
         self._start()
         if self._pool is None:
             self._pool = Pool(self.cfg.cluster, self._actor_options())
-        setup = replace(setup, device=self.device, dtype=self.cfg.cluster.dtype, threads=self.threads)
-        return self._pool.start(setup)
+        cluster = self.cfg.cluster
+        setup = replace(setup, device=self.device, dtype=cluster.dtype, threads=self.threads)
+        self._pool.start(replace(setup, backend=cluster.backend))
+        self._note("rollouts", self._pool.backend)
+        return self._pool
 
     def wait(self, reference: Any, what: str) -> Any:
         """The value of a Ray reference of the learner, within the deadline.
@@ -84,6 +93,11 @@ class Cluster:
                 f"{what}: the process died (killed, or out of memory); run the same command again"
             ) from error
 
+    def _note(self, who: str, backend: str) -> None:
+        if self._told.get(who) != backend:
+            self._say(f"{who}: kernels by {backend}")
+        self._told[who] = self.backends[who] = backend
+
     def _actor_options(self) -> dict[str, Any]:
         share = 1 / (1 + self.cfg.cluster.rollout_actors) if self.device == "cuda" else 0
         return {"num_cpus": 0, "num_gpus": share}
@@ -95,6 +109,8 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray gives its workers the lowest priority but four; our actors are the work, not a guest of it.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        if self.cfg.cluster.deterministic:  # cuBLAS reads it when the actor's first product is made
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Rewards and tools beside the recipe must load in the actors too; last, to shadow nothing.
         paths = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
@@ -171,9 +187,16 @@ class _LearnerActor:
         torch.set_num_threads(threads)
         self._learner: Learner | None = None
 
-    def start(self, setup: Setup) -> None:
+    def start(self, setup: Setup) -> str:
+        """A new learner; returns which kernels it runs."""
+        import torch
+
         self._learner = None  # the old model goes before the next one comes
+        torch.use_deterministic_algorithms(setup.deterministic)  # what is not ours: index_add, SDPA, ...
+        # Its other effect would be a pass over every new buffer.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._learner = Learner(setup)
+        return str(self._learner.backend)
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function: Callable[..., Any] = getattr(self._learner, method)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain import config, loss
+from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
 from posttrain.model.arch import target_logprobs
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
@@ -45,6 +46,8 @@ class Setup:
     """Keep a frozen copy of the starting policy for the KL."""
     device: str = "cpu"
     dtype: str = "float32"
+    backend: Choice = "auto"
+    deterministic: bool = False
     seed: int = 0
 
 
@@ -70,6 +73,7 @@ class Learner:
         dtype = getattr(torch, setup.dtype)
         self.model = checkpoint.load(setup.checkpoint, dtype=dtype, device=setup.device)
         self.model.train()
+        self.backend = self.model.backend(setup.backend, deterministic=setup.deterministic)
         self.reference = deepcopy(self.model).requires_grad_(False) if setup.reference else None
         self.optimizers = Optimizers(
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
@@ -147,6 +151,7 @@ class Learner:
             for mode in ("dense", "sparse"):
                 context = PackedContext(
                     attention=mode,
+                    backend=self.backend,
                     indexer_loss="dense" if mode == "dense" else "none",
                     diagnose=mode == "sparse",
                     cu_seqlens_S=tensors.cu_seqlens_S,
@@ -155,8 +160,8 @@ class Learner:
                 long_M = context.positions_T[tensors.at_M] >= topk
                 sums[f"lm_loss_{mode}"] -= float(logp_M[long_M].sum())
                 for layer, record in context.records.items():
-                    if record.kl is not None:
-                        kl[layer] += float(record.kl)
+                    if record.kl_value is not None:
+                        kl[layer] += float(record.kl_value)
                     if record.recall is not None:
                         recall[layer] += record.recall.cpu()
                     if record.load_X is not None and mode == "sparse":
@@ -196,6 +201,7 @@ class Learner:
     def _context(self, tensors: _Tensors) -> PackedContext:
         return PackedContext(
             attention=self.setup.attention,
+            backend=self.backend,
             indexer_loss=self.setup.indexer_loss,
             cu_seqlens_S=tensors.cu_seqlens_S,
         )
@@ -228,7 +234,9 @@ class Learner:
     def _reference_logprobs(self, tensors: _Tensors, temperature: float) -> Tensor | None:
         if self.reference is None:
             return None
-        context = PackedContext(attention=self.setup.attention, cu_seqlens_S=tensors.cu_seqlens_S)
+        context = PackedContext(
+            attention=self.setup.attention, backend=self.backend, cu_seqlens_S=tensors.cu_seqlens_S
+        )
         return self._logprobs(self.reference, tensors, context, temperature)
 
     def _share(self, batch: Batch, batches: Sequence[Batch]) -> float:
@@ -244,13 +252,14 @@ class Learner:
         *,
         share: float,
     ) -> None:
-        kls = [(n, r.kl) for n, r in sorted(context.records.items()) if r.kl is not None]
-        for layer, kl in kls:
-            # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
-            total = total + kl * share
-            sums[f"indexer_kl/{layer}"] += float(kl.detach()) * share
+        for _, record in sorted(context.records.items()):
+            if record.kl is not None:
+                # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
+                total = total + record.kl * share
         total.backward()
-        for layer, record in context.records.items():
+        for layer, record in sorted(context.records.items()):
+            if record.kl_value is not None:  # known only now
+                sums[f"indexer_kl/{layer}"] += float(record.kl_value) * share
             if record.load_X is not None:
                 self._load[layer] = self._load.get(layer, 0) + record.load_X
 

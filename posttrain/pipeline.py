@@ -103,12 +103,13 @@ def _run_units(driver: _Driver, units: Sequence[Unit]) -> None:
                 driver.metrics.say(f"{unit.name}: running again: {why}")
             driver.store.require_space(_space(driver, unit))
             if cluster is None:
-                cluster = stack.enter_context(_cluster(driver.cfg))
+                cluster = stack.enter_context(_cluster(driver.cfg, driver.metrics.say))
             _run_unit(driver, unit, cluster)
 
 
 def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
     cfg, store, metrics = driver.cfg, driver.store, driver.metrics
+    cluster.backends.clear()
     made_from = parents(cfg, unit, store)
     ledger = driver.ledger.begin(unit.name)
     out = store.partial(unit.name)
@@ -129,7 +130,8 @@ def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
             metrics.result(result.figures)
             wall_s = time.monotonic() - began
             summary = _summary(unit, result, wall_s=wall_s, load_start=load, peak=peak.bytes)
-            disk.write_json(out / SUMMARY, summary | {"config": depends_on(cfg, unit)})
+            notes = {"backends": dict(cluster.backends), "config": depends_on(cfg, unit)}
+            disk.write_json(out / SUMMARY, summary | notes)
             store.commit(
                 unit.name,
                 kind=unit.kind,
@@ -227,11 +229,11 @@ def _function(kind: str) -> Callable[[Unit, Job], Result]:
     return function
 
 
-def _cluster(cfg: Run) -> "AbstractContextManager[Cluster]":
+def _cluster(cfg: Run, say: Callable[[str], None]) -> "AbstractContextManager[Cluster]":
     # Heavy: it imports Ray, and a run that is complete does without.
     from posttrain.cluster import Cluster
 
-    return Cluster(cfg)
+    return Cluster(cfg, say)
 
 
 def _report(path: Path, *, show: bool = True) -> None:

@@ -17,6 +17,7 @@ class FakeEngine:
     def __init__(self, tokenizer: chat.Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.version = 0
+        self.backend = "none (canned answers)"
 
     def load(self, version: int, weights: dict[str, Any]) -> None:
         """Note the version; there is nothing to load into."""

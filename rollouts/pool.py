@@ -30,6 +30,7 @@ class PoolSetup:
     max_rows: int = 256
     device: str = "cpu"
     dtype: str = "float32"
+    backend: Literal["auto", "triton", "torch"] = "auto"
     threads: int = 1
 
 
@@ -41,12 +42,15 @@ class Pool:
         self._setup: PoolSetup | None = None
         self._weights: tuple[int, Any] | None = None
         self.restarts = 0
+        self.backend = ""
+        """Which kernels the actors run, and why."""
         self._actors = [self._new_actor() for _ in range(cluster.rollout_actors)]
 
     def start(self, setup: PoolSetup) -> Self:
         """Load a checkpoint into every actor; what an earlier stage had loaded is forgotten."""
         self._setup, self._weights, self.restarts = setup, None, 0
         self._wait([(i, a.start.remote(setup)) for i, a in enumerate(self._actors)], "start")
+        self.backend = str(self._get(self._actors[0].backend.remote(), "rollout actor 0"))
         return self
 
     def load(self, version: int, weights: Any) -> None:
@@ -150,7 +154,10 @@ class _RolloutActor:
             return
         load: Any = checkpoint.load_dense if setup.attention == "dense" else checkpoint.load
         model = load(setup.checkpoint, dtype=getattr(torch, setup.dtype), device=setup.device)
-        self._engine = TorchEngine(model, tokenizer, setup.attention)
+        self._engine = TorchEngine(model, tokenizer, setup.attention, backend=setup.backend)
+
+    def backend(self) -> str:
+        return str(self._engine.backend)
 
     def stop(self) -> None:
         self._engine = None

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posttrain.kernels.backend import Choice
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
@@ -47,9 +48,15 @@ class TorchEngine:
     """Generates rollouts with a DSA model on one device."""
 
     def __init__(
-        self, model: DeepseekV32ForCausalLM, tokenizer: chat.Tokenizer, attention: AttentionMode = "sparse"
+        self,
+        model: DeepseekV32ForCausalLM,
+        tokenizer: chat.Tokenizer,
+        attention: AttentionMode = "sparse",
+        *,
+        backend: Choice = "auto",
     ) -> None:
         self.model = model.eval()
+        self.backend = model.backend(backend)
         self.tokenizer = tokenizer
         self.attention: AttentionMode = attention
         self.version = 0
@@ -95,6 +102,19 @@ class TorchEngine:
             like=self.model.lm_head.weight,
         )
 
+    def context(
+        self, cache: StaticCache, positions_BQ: Tensor, num_keys: int, settings: Sampling
+    ) -> StaticContext:
+        """A pass of the model over new tokens at these positions."""
+        return StaticContext(
+            attention=self.attention,
+            backend=self.backend,
+            record_kept=settings.record_kept,
+            cache=cache,
+            query_positions_BQ=positions_BQ,
+            num_keys=num_keys,
+        )
+
 
 class _Wave:
     """Rows generated together, from prefill to the last token."""
@@ -129,14 +149,19 @@ class _Wave:
 
     def _decode(self, tokens_B: NDArray[np.int32], positions_B: NDArray[np.int64]) -> Tensor:
         """Logits [B, V] after one more token of every row."""
-        device = self.engine.device
-        logits_BV, records = self.engine.decoder.step(
-            torch.from_numpy(tokens_B).to(device),
-            torch.from_numpy(positions_B).to(device),
-            self.cache,
-            keys=(int(positions_B.min()) + 1, int(positions_B.max()) + 1),
-            record_kept=self.settings.record_kept,
-        )
+        engine = self.engine
+        tokens = torch.from_numpy(tokens_B).to(engine.device)
+        positions = torch.from_numpy(positions_B).to(engine.device)
+        least, most = int(positions_B.min()) + 1, int(positions_B.max()) + 1
+        if engine.backend.name == "triton" and engine.attention == "sparse":
+            context = engine.context(self.cache, positions[:, None], most, self.settings)
+            logits_BV: Tensor = engine.model(tokens, context)
+            records = context.records
+        else:
+            record_kept = self.settings.record_kept
+            logits_BV, records = engine.decoder.step(
+                tokens, positions, self.cache, keys=(least, most), record_kept=record_kept
+            )
         self._record(records, np.ones_like(positions_B))
         return logits_BV
 
@@ -151,12 +176,8 @@ class _Wave:
         every, self.rows = self.rows, [self.rows[i] for i in unique]
         lengths_B, self.lengths_B = self.lengths_B, self.lengths_B[unique]
         device = self.engine.device
-        context = StaticContext(
-            attention=self.engine.attention,
-            cache=self.cache,
-            query_positions_BQ=torch.arange(width, device=device).expand(len(unique), width),
-            num_keys=width,
-        )
+        positions_BQ = torch.arange(width, device=device).expand(len(unique), width)
+        context = self.engine.context(self.cache, positions_BQ, width, self.settings)
         tokens_T = torch.from_numpy(self.tokens_BL[unique, :width].astype(np.int64).reshape(-1)).to(device)
         last_B = torch.from_numpy(np.arange(len(unique)) * width + self.lengths_B - 1).to(device)
         logits_BV: Tensor = self.engine.model(tokens_T, context, last_B)

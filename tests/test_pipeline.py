@@ -38,6 +38,7 @@ def _options() -> list[str]:
     settings |= {f"stages.{name}.heldout_tokens": 500 for name in ("warmup", "sparse")}
     settings |= {f"domains.{name}.num_eval": 6 for name in DOMAINS}
     settings |= {f"stages.rl-{name}.tasks_per_step": 6 for name in DOMAINS}
+    settings |= {"cluster.threads": 1}  # runs are compared to the last digit; the number of idle cores varies
     settings |= {"stages.mixed.tasks_per_step": 8, "stages.distill.tasks_per_domain": 100}
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
@@ -68,6 +69,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = _run(out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+    for who in ("learner", "rollouts"):
+        assert done.stdout.count(f"{who}: kernels by torch (") == 1, "which kernels run is told once"
     return out / "demo"
 
 
@@ -98,6 +101,9 @@ def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
         for row in (row for rows in table.values() for row in rows.values()):
             assert row["n"] == 6 and row["ci95"][0] <= row["pass@1"] <= row["ci95"][1]
     assert 0 < report["peak_rss_bytes"] < 6 * 2**30
+    for stage, who in (("convert", set()), ("sparse", {"learner"}), ("rl-math", {"learner", "rollouts"})):
+        backends = json.loads((finished / stage / "summary.json").read_text())["backends"]
+        assert set(backends) == who and all(text.startswith("torch (") for text in backends.values())
     figures = {stage["name"]: stage["figures"] for stage in report["stages"]}
     assert len(figures["sparse"]["layers"]) == 3
     assert figures["warmup"]["untrained_lm_gap"] > figures["sparse"]["lm_gap"]

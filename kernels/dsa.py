@@ -1,0 +1,190 @@
+"""DSA with Triton's kernels: selection, sparse attention with the indexer's KL in one backward, decoding, the warm-up loss.
+
+Nothing here is as large as queries times keys: a pass keeps q, the entries, the slots, o and the log-sum-exp.
+The KL's target p (the head-mean probabilities over the kept keys) comes for nothing out of the kernel that
+computes dQ, so it exists in the backward pass only, and with it the KL's value and the indexer's gradients.
+The PyTorch counterpart is sparse_mla.py with reference.py. Next: sparse_mla_triton.py, indexer_kl_triton.py.
+
+Shape letters: T queries, S slots, H heads, E entry size (latent + rotary), R latent (value) size, K kept,
+J indexer heads, I indexer head size; in decoding B sequences with Q new tokens each.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.kernels import (
+    index_topk_triton,
+    indexer_kl_triton,
+    paged_index_topk_triton,
+    paged_mla_triton,
+    sparse_mla_backward_triton,
+    sparse_mla_triton,
+)
+from posttrain.kernels.index_topk_triton import Ranges
+from posttrain.kernels.pages import Pages
+from posttrain.kernels.warmup_kl_triton import Attention, warmup_kl
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What the index scores are made of: I[t, s] = sum_j w[t, j] ReLU(q[t, j] . k[s])."""
+
+    q_TJI: Tensor
+    k_SI: Tensor
+    """In q's dtype; one row per slot."""
+    w_TJ: Tensor
+    """fp32, with every factor: J^-1/2 and I^-1/2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kl:
+    """The indexer's loss, the sum over queries of D_KL(p || softmax I) over the kept keys (V3.2-Exp Eq. 4)."""
+
+    loss: Tensor
+    """Add it, weighted, to what backward() is called on. The number itself is NaN."""
+    value: Tensor
+    """fp32 scalar: the loss in numbers, from the backward pass on; NaN before."""
+
+
+@torch.no_grad()
+def select(index: Index, ranges: Ranges, num_kept: int) -> Tensor:
+    """Slots of the num_kept best keys of its range for every query: int32 [T, K], ascending, -1 beyond.
+
+    Order: score descending, slot ascending. Raises ValueError for what does not fit.
+    """
+    q_TJI, k_SI, w_TJ = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
+    return index_topk_triton.topk(q_TJI, k_SI, w_TJ, ranges, num_kept)
+
+
+@torch.no_grad()
+def decode(
+    q_BQHE: Tensor,
+    q_index_BQJI: Tensor,
+    w_BQJ: Tensor,
+    pages: Pages,
+    *,
+    num_kept: int,
+    scale: float,
+    value_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Latent output [B, Q, H, R] of new tokens that are in the cache already, and the kept positions int32 [B, Q, K].
+
+    q and the indexer's q and w are as in select() and attend(). Raises ValueError for what does not fit.
+    """
+    kept_BQK = paged_index_topk_triton.topk(q_index_BQJI, w_BQJ, pages, num_kept)
+    o_BQHR, _ = paged_mla_triton.attend(q_BQHE, pages, kept_BQK, scale, value_size)
+    return o_BQHR, kept_BQK
+
+
+def attend(
+    q_THE: Tensor,
+    entries_SE: Tensor,
+    slots_TK: Tensor,
+    *,
+    scale: float,
+    value_size: int,
+    deterministic: bool,
+    index: Index | None = None,
+) -> tuple[Tensor, Kl | None]:
+    """Latent output [T, H, R] in q's dtype over the kept entries; with an index that trains, its KL too.
+
+    q is [absorbed query | rotary query], in the dtype of the entries (gradients of the entries add up in fp32).
+    slots are int32, -1 (or anything else out of range) is no entry; a row without any gives zeros. Whatever of
+    q, entries and index requires a gradient gets one; without grad mode there is no KL. dQ and the KL are the
+    same bits every time; the gradients of entries and index keys are if deterministic. Raises ValueError on
+    shapes and types that do not fit.
+    """
+    entries_SE = entries_SE.contiguous()
+    settings = (scale, value_size, deterministic)
+    if index is None or not torch.is_grad_enabled():
+        o_THR, _ = _Attend.apply(q_THE, entries_SE, slots_TK, None, None, None, None, *settings)
+        return o_THR, None
+    value = torch.full((), float("nan"), dtype=torch.float32, device=q_THE.device)
+    indexer = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
+    o_THR, loss = _Attend.apply(q_THE, entries_SE, slots_TK, *indexer, value, *settings)
+    return o_THR, Kl(loss, value)
+
+
+def warmup_loss(index: Index, attention: Attention, ranges: Ranges) -> Tensor:
+    """The indexer's warm-up loss, fp32 scalar: sum over queries of D_KL(p || softmax I) over all keys (V3.2-Exp Eq. 3).
+
+    p is the head-mean of the attention, which gets no gradient; q, k and w of the index do. The bits are always
+    the same. Raises ValueError for what does not fit.
+    """
+    parts = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
+    loss: Tensor = _WarmupLoss.apply(*parts, attention, ranges)
+    return loss
+
+
+class _WarmupLoss(torch.autograd.Function):
+    """Makes the gradients in the forward pass: kept, they are smaller than the attention they come from."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        q_TJI, k_SI, w_TJ, attention, ranges = args
+        kl_T, *grads = warmup_kl(attention, q_TJI, k_SI, w_TJ, ranges, w_TJ.new_ones(len(w_TJ)))
+        parts = zip(grads, (q_TJI, k_SI, w_TJ), strict=True)
+        ctx.save_for_backward(*(grad.to(x.dtype) for grad, x in parts))
+        return kl_T.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *(grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None
+
+
+class _Attend(torch.autograd.Function):
+    """Keeps its inputs, the output and the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
+        (
+            q_THE,
+            entries_SE,
+            slots_TK,
+            q_TJI,
+            k_SI,
+            w_TJ,
+            ctx.value,
+            ctx.scale,
+            value_size,
+            ctx.deterministic,
+        ) = args
+        o_THR, lse_TH = sparse_mla_triton.forward(q_THE, entries_SE, slots_TK, ctx.scale, value_size)
+        ctx.save_for_backward(q_THE, entries_SE, slots_TK, o_THR, lse_TH, q_TJI, k_SI, w_TJ)
+        if not any(ctx.needs_input_grad[:2]):  # only the indexer trains
+            ctx.mark_non_differentiable(o_THR)
+        return o_THR, None if ctx.value is None else torch.full_like(ctx.value, float("nan"))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """dQ and the target first; from them the KL and its gradients, weighted by the gradient of its sum."""
+        q_THE, entries_SE, slots_TK, o_THR, lse_TH, q_TJI, k_SI, w_TJ = ctx.saved_tensors
+        do_THR, dloss = grads
+        needs = ctx.needs_input_grad
+        trains_index = any(needs[3:6])
+        dq_THE, dentries_SE, p_TK = sparse_mla_backward_triton.backward(
+            q_THE,
+            entries_SE,
+            slots_TK,
+            o_THR,
+            lse_TH,
+            do_THR.contiguous(),
+            ctx.scale,
+            deterministic=ctx.deterministic,
+            with_target=trains_index,
+        )
+        dindex: tuple[Tensor | None, ...] = (None, None, None)
+        if trains_index:
+            assert p_TK is not None, "asked for with_target"
+            weight_T = dloss.float().expand(len(q_THE)).contiguous()
+            kl_T, *dparts = indexer_kl_triton.indexer_kl(
+                q_TJI, k_SI, w_TJ, slots_TK, p_TK, weight_T, deterministic=ctx.deterministic
+            )
+            ctx.value.copy_(kl_T.sum())
+            parts = zip(dparts, (q_TJI, k_SI, w_TJ), needs[3:6], strict=True)
+            dindex = tuple(d.to(x.dtype) if needed else None for d, x, needed in parts)
+        dmodel = (dq_THE if needs[0] else None, dentries_SE.to(entries_SE.dtype) if needs[1] else None)
+        return *dmodel, None, *dindex, None, None, None, None

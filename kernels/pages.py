@@ -1,0 +1,57 @@
+"""A paged cache as the kernels see it: a pool of blocks, and which of them each sequence has.
+
+Next: paged_index_topk_triton.py, paged_mla_triton.py.
+
+Shape letters: B sequences, P blocks in the pool, S tokens of a block, M blocks of a sequence, E entry size
+(latent + rotary), I indexer head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """One layer's cache. Token t of sequence b is token t mod S of block table[b, t div S].
+
+    Both pools may be views of one tensor, such as the parts of [latent | rotary key | indexer key] (any strides,
+    the last one 1). Table entries of blocks that are not in use, and what lies in blocks beyond a sequence's
+    length, may be anything: nobody reads it. Raises ValueError for what does not fit.
+    """
+
+    entries_PSE: Tensor
+    index_PSI: Tensor
+    table_BM: Tensor
+    """int32."""
+    lengths_B: Tensor
+    """int32, on the device: tokens of each sequence, its new ones included; 0 is an empty row."""
+    max_length: int
+    """No length is greater. It decides the grid, so one captured CUDA graph serves all lengths up to it."""
+
+    def __post_init__(self) -> None:
+        pools = (self.entries_PSE, self.index_PSI)
+        if any(pool.stride(2) != 1 for pool in pools) or pools[0].shape[:2] != pools[1].shape[:2]:
+            raise ValueError(
+                f"pools {tuple(pools[0].shape)} and {tuple(pools[1].shape)}: the same blocks, last stride 1"
+            )
+        table, lengths = self.table_BM, self.lengths_B
+        if table.dtype != torch.int32 or lengths.dtype != torch.int32 or table.stride(1) != 1:
+            raise ValueError(f"table {table.dtype}, lengths {lengths.dtype}: both are int32, rows contiguous")
+        if lengths.shape != table.shape[:1]:
+            raise ValueError(f"{len(lengths)} lengths for {len(table)} rows of the table")
+        if not 0 < self.max_length <= self.room:
+            raise ValueError(
+                f"max_length={self.max_length}: a row of the table holds 1 to {self.room} tokens"
+            )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.entries_PSE.shape[1]
+
+    @property
+    def room(self) -> int:
+        """Tokens that a row of the table holds."""
+        return self.table_BM.shape[1] * self.block_size

@@ -1,0 +1,144 @@
+"""Every launch of a kernel at the sizes of real models: what test_compile.py compiles for a GPU that is not there.
+
+A row calls the kernel's public function on small CPU tensors whose *compile-time* sizes are real (heads, entry,
+kept keys); compile_worker.py compiles what it launches and launches nothing. Add a row per new function, size or
+dtype. Imports Triton's kernels, so only the worker imports this.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain.kernels import (
+    dense_probs_triton,
+    dsa,
+    fp8_triton,
+    index_topk_triton,
+    indexer_kl_triton,
+    sparse_mla_backward_triton,
+    sparse_mla_triton,
+    warmup_kl_triton,
+)
+from posttrain.kernels.index_topk_triton import key_ranges
+from posttrain.kernels.pages import Pages
+
+KEPT = 2048
+LATENT, ROTARY = 512, 64
+OWN, VALUE = 128, 128
+"""A head's own part and its value, in multi-head form."""
+INDEX_HEADS, INDEX_SIZE = 64, 128
+QUERIES, SLOTS = 16, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One call."""
+
+    call: Callable[[], object]
+    spill: int = 16
+    """Bytes per thread that any of its kernels may keep on the stack: registers that did not suffice."""
+
+
+def _bf16(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def _slots() -> Tensor:
+    return torch.zeros(QUERIES, KEPT, dtype=torch.int32)
+
+
+def _sparse_forward(heads: int) -> None:
+    q, kv = _bf16(QUERIES, heads, LATENT + ROTARY), _bf16(SLOTS, LATENT + ROTARY)
+    sparse_mla_triton.forward(q, kv, _slots(), 0.1, LATENT)
+
+
+def _sparse_backward(heads: int, *, deterministic: bool, with_target: bool) -> None:
+    q, kv = _bf16(QUERIES, heads, LATENT + ROTARY), _bf16(SLOTS, LATENT + ROTARY)
+    o, lse = _bf16(QUERIES, heads, LATENT), torch.zeros(QUERIES, heads)
+    sparse_mla_backward_triton.backward(
+        q, kv, _slots(), o, lse, o, 0.1, deterministic=deterministic, with_target=with_target
+    )
+
+
+def _index() -> tuple[Tensor, Tensor, Tensor]:
+    q, k = _bf16(QUERIES, INDEX_HEADS, INDEX_SIZE), _bf16(SLOTS, INDEX_SIZE)
+    return q, k, torch.zeros(QUERIES, INDEX_HEADS)
+
+
+def _topk() -> None:
+    begin = torch.zeros(QUERIES, dtype=torch.int32)
+    index_topk_triton.topk(*_index(), key_ranges(begin, begin + SLOTS, "cpu"), KEPT)
+
+
+def _indexer_kl(*, deterministic: bool) -> None:
+    p, weight = torch.zeros(QUERIES, KEPT), torch.zeros(QUERIES)
+    indexer_kl_triton.indexer_kl(*_index(), _slots(), p, weight, deterministic=deterministic)
+
+
+def _warmup(heads: int) -> None:
+    begin = torch.zeros(QUERIES, dtype=torch.int32)
+    ranges = key_ranges(begin, begin + SLOTS, "cpu")
+    q, kv, k_rot = _bf16(QUERIES, heads, OWN + ROTARY), _bf16(SLOTS, heads, OWN + VALUE), _bf16(SLOTS, ROTARY)
+    keys = (kv[..., :OWN], k_rot)
+    lse = dense_probs_triton.attention_lse(q, *keys, ranges, 0.1)
+    attention = warmup_kl_triton.Attention(q, *keys, lse, 0.1)
+    warmup_kl_triton.warmup_kl(attention, *_index(), ranges, torch.zeros(QUERIES))
+
+
+def _quantized_topk() -> None:
+    q, k, w = _index()
+    (q, _), (k, scale) = (fp8_triton.quantize_e4m3(x) for x in (q, k))
+    begin = torch.zeros(QUERIES, dtype=torch.int32)
+    index_topk_triton.topk(q, k, w, key_ranges(begin, begin + SLOTS, "cpu"), KEPT, k_scale_S=scale)
+
+
+def _pages() -> Pages:
+    pool = _bf16(QUERIES * 64, 64, LATENT + ROTARY + INDEX_SIZE)
+    table = torch.zeros(QUERIES, 64, dtype=torch.int32)
+    entries, keys = pool.split([LATENT + ROTARY, INDEX_SIZE], -1)
+    return Pages(entries, keys, table, table[:, 0].contiguous(), SLOTS)
+
+
+def _decode(heads: int, new: int) -> None:
+    q = _bf16(QUERIES, new, heads, LATENT + ROTARY)
+    q_index, w = _bf16(QUERIES, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(QUERIES, new, INDEX_HEADS)
+    dsa.decode(q, q_index, w, _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
+
+
+def _in_fp32() -> None:
+    """A small model in fp32: every product in three TF32 products."""
+    q, kv = torch.zeros(QUERIES, 4, 64), torch.zeros(SLOTS, 64)
+    o, lse = torch.zeros(QUERIES, 4, 48), torch.zeros(QUERIES, 4)
+    slots, begin = torch.zeros(QUERIES, 64, dtype=torch.int32), torch.zeros(QUERIES, dtype=torch.int32)
+    index = torch.zeros(QUERIES, 4, 32), torch.zeros(SLOTS, 32), torch.zeros(QUERIES, 4)
+    sparse_mla_triton.forward(q, kv, slots, 0.1, 48)
+    sparse_mla_backward_triton.backward(q, kv, slots, o, lse, o, 0.1, deterministic=False, with_target=True)
+    index_topk_triton.topk(*index, key_ranges(begin, begin + SLOTS, "cpu"), 64)
+    p, weight = torch.zeros(QUERIES, 64), torch.zeros(QUERIES)
+    indexer_kl_triton.indexer_kl(*index, slots, p, weight, deterministic=False)
+
+
+LAUNCHES: dict[str, Launch] = {
+    **{f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h)) for h in (128, 64, 16)},
+    **{
+        f"sparse backward, {h} heads": Launch(
+            call=lambda h=h: _sparse_backward(h, deterministic=False, with_target=True)
+        )
+        for h in (128, 64, 16)
+    },
+    "sparse backward, 128 heads, deterministic, no target": Launch(
+        call=lambda: _sparse_backward(128, deterministic=True, with_target=False)
+    ),
+    **{
+        f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new))
+        for h, new in ((128, 1), (64, 2), (16, 1))
+    },
+    "index scores and top-k": Launch(call=_topk),
+    "e4m3 scores and top-k": Launch(call=_quantized_topk),
+    "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),
+    "all of a small model in fp32": Launch(call=_in_fp32),
+    "indexer KL": Launch(call=lambda: _indexer_kl(deterministic=False)),
+    "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True)),
+}
