@@ -45,7 +45,7 @@ def plan(domain: Domain, task: Task, count: int, *, seed: int, epoch: int = 0) -
             seed=sample_seed(seed, epoch, task.id, i),
             max_new_tokens=domain.cfg.max_new_tokens,
             max_turns=domain.cfg.max_turns,
-            tool=domain.tool,
+            environment=domain.environment,
         )
         for i in range(count)
     )

@@ -20,6 +20,7 @@ from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
 from posttrain.rollouts import chat, sampling
+from posttrain.rollouts.environment import Failed, Live, step_all
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.schema import Message, Rollout, Stop
 
@@ -35,6 +36,7 @@ class _Row:
     prompt: list[int]
     order: int
     turn_start: int
+    live: Live
     messages: list[Message] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     turns: int = 0
@@ -78,7 +80,13 @@ class TorchEngine:
         done: dict[int, Rollout] = {}
         for start in range(0, len(requests), max_rows):
             rows = [
-                _Row(request=r, prompt=prompts[r.task.id], order=i, turn_start=len(prompts[r.task.id]))
+                _Row(
+                    request=r,
+                    prompt=prompts[r.task.id],
+                    order=i,
+                    turn_start=len(prompts[r.task.id]),
+                    live=Live(r.environment, r.task, r.seed),
+                )
                 for i, r in enumerate(requests[start : start + max_rows], start)
             ]
             done.update(_Wave(self, rows, settings).run())
@@ -209,39 +217,48 @@ class _Wave:
         self.lengths_B[live] += 1
         ended_B = sampled_B & (token_B == self.engine.eos_token_id) & (not settings.ignore_eos)
         full_B = self.lengths_B >= self.limits_B
+        ended = [int(i) for i in live[ended_B[live]]]
+        stops = dict(zip(ended, self._end_turns(ended), strict=True))
         for i in live[(ended_B | full_B)[live]]:
-            stop = self._end_turn(int(i)) if ended_B[i] else "length"
-            if stop is None and full_B[i]:
-                stop = "length"
+            stop = stops.get(int(i)) or ("length" if full_B[i] else None)
             if stop is not None:
                 self._finish(int(i), stop)
 
     def _turn_text(self, i: int) -> str:
-        row = self.rows[i]
-        tokens = self.tokens_BL[i, row.turn_start : self.lengths_B[i]]
-        text: str = self.engine.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-        return text.strip()
+        start = self.rows[i].turn_start
+        tokens = self.tokens_BL[i, : self.lengths_B[i]].tolist()
+        return chat.turn_text(self.engine.tokenizer, tokens[:start], tokens[start:])
 
-    def _end_turn(self, i: int) -> Stop | None:
-        """Close an assistant turn; None when a tool result makes the rollout go on."""
+    def _end_turns(self, ended: Sequence[int]) -> list[Stop | Failed | None]:
+        """Close an assistant turn of these rows; None where tool results make the rollout go on."""
+        turns = []
+        for i in ended:
+            row = self.rows[i]
+            row.messages.append({"role": "assistant", "content": self._turn_text(i)})
+            row.turns += 1
+            turns.append((row.live, str(row.messages[-1]["content"])))
+        return [self._go_on(i, results) for i, results in zip(ended, step_all(turns), strict=True)]
+
+    def _go_on(self, i: int, results: Sequence[str] | Failed | None) -> Stop | Failed | None:
         row = self.rows[i]
-        text = self._turn_text(i)
-        row.messages.append({"role": "assistant", "content": text})
-        row.turns += 1
-        result = row.request.tool(row.request.task, text) if row.request.tool else None
-        if result is None:
+        if isinstance(results, Failed):
+            return results
+        if not results:
             return "eos"
         if row.turns >= row.request.max_turns:
             return "turns"
-        row.messages.append({"role": "tool", "content": result})
-        row.forced = chat.encode_tool_result(self.engine.tokenizer, result)
+        tokenizer = self.engine.tokenizer
+        results = [chat.as_data(tokenizer, result) for result in results]
+        row.messages += [{"role": "tool", "content": result} for result in results]
+        row.forced = chat.encode_tool_results(tokenizer, results, thinking=row.request.task.thinking)
         row.turn_start = int(self.lengths_B[i]) + len(row.forced)
         return None
 
-    def _finish(self, i: int, stop: Stop) -> None:
+    def _finish(self, i: int, why: Stop | Failed) -> None:
         row, length = self.rows[i], int(self.lengths_B[i])
-        if stop == "length" and not row.forced and row.turn_start < length:
+        if why == "length" and not row.forced and row.turn_start < length:
             row.messages.append({"role": "assistant", "content": self._turn_text(i)})
+        stop, outcome = row.live.end(why)
         self.alive_B[i] = False
         turns = [str(m["content"]) for m in row.messages if m["role"] == "assistant"]
         self.done[row.order] = Rollout(
@@ -253,6 +270,7 @@ class _Wave:
             text="\n".join(turns),
             messages=tuple(row.messages),
             stop=stop,
+            outcome=outcome,
             policy_version=self.engine.version,
             kept=np.concatenate(row.kept, axis=1)[:, : length - 1] if row.kept else None,
             experts=np.concatenate(row.experts, axis=1)[:, : length - 1] if row.experts else None,
