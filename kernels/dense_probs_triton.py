@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
-from posttrain.kernels.product_triton import dot
+from posttrain.kernels.product_triton import dot, interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -99,30 +99,33 @@ def _lse_kernel(
     H: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of BQ queries and one head."""
+    """Log-sum-exp of BQ queries and one head; sums begin where a query's document does."""
     row = tl.program_id(1).to(tl.int64) * BQ + tl.arange(0, BQ)
     h = tl.program_id(0)
     in_row = row < num_rows
     begin = tl.load(begin_ptr + row, mask=in_row, other=0)
     end = tl.load(end_ptr + row, mask=in_row, other=0)
-    lowest = tl.min(tl.where(begin < end, begin, 0x7FFFFFFF), 0)
-    highest = tl.max(tl.where(begin < end, end, 0), 0)
-    lowest = tl.minimum(lowest, highest)
+    begin = tl.where(begin < end, begin, 0x7FFFFFFF)
     m = tl.full([BQ], -1e30, tl.float32)
     total = tl.zeros([BQ], tl.float32)
-    for step in tl.range(0, longest if INTERPRET else highest - lowest, BK, num_stages=STAGES):
-        key = lowest + step + tl.arange(0, BK)
-        seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
-        in_key = key < highest
-        k_rot = _rotary_keys(k_rot_ptr, key.to(tl.int64), in_key, P, BP)
-        logits = _logits(
-            q_ptr, k_ptr, row, key.to(tl.int64), in_row, in_key, h, k_rot, k_row_stride, k_head_stride,
-            H, C, P, BC, BP, INTERPRET,
-        )  # fmt: skip
-        logits = tl.where(seen, logits * (scale * LOG2E), float("-inf"))
-        new_m = tl.maximum(m, tl.max(logits, 1))
-        total = total * tl.exp2(m - new_m) + tl.sum(tl.exp2(logits - new_m[:, None]), 1)
-        m = new_m
+    document = tl.min(begin, 0)
+    while document < 0x7FFFFFFF:  # once, or more often where a document ends between these queries
+        mine = begin == document
+        stop = tl.max(tl.where(mine, end, 0), 0)
+        for step in tl.range(0, longest if INTERPRET else stop - document, BK, num_stages=STAGES):
+            key = document + step + tl.arange(0, BK)
+            in_key = key < stop
+            k_rot = _rotary_keys(k_rot_ptr, key.to(tl.int64), in_key, P, BP)
+            logits = _logits(
+                q_ptr, k_ptr, row, key.to(tl.int64), in_row, in_key, h, k_rot, k_row_stride, k_head_stride,
+                H, C, P, BC, BP, INTERPRET,
+            )  # fmt: skip
+            seen = mine[:, None] & (key[None, :] < end[:, None])
+            logits = tl.where(seen, logits * (scale * LOG2E), float("-inf"))
+            new_m = tl.maximum(m, tl.max(logits, 1))
+            total = total * tl.exp2(m - new_m) + tl.sum(tl.exp2(logits - new_m[:, None]), 1)
+            m = new_m
+        document = tl.min(tl.where(begin > document, begin, 0x7FFFFFFF), 0)
     lse = (m + tl.log2(tl.where(total == 0, 1.0, total))) / LOG2E
     lse = tl.where(total == 0, float("-inf"), lse)
     tl.store(lse_ptr + row * H + h, lse, mask=in_row)
@@ -143,7 +146,7 @@ def attention_lse(
         _lse_kernel[(H, triton.cdiv(N, tiles.queries))](
             q_NHE, k_SHC, k_rot_SP, ranges.begin_N, ranges.end_N, lse_NH, scale, k_SHC.stride(0),
             k_SHC.stride(1), N, longest, **sizes, BQ=tiles.queries, BK=tiles.keys,
-            INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=tiles.stages, num_warps=tiles.warps,
+            INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
     return lse_NH
 
@@ -165,7 +168,7 @@ def chunk_probs(
     _probs_kernel[(triton.cdiv(chunk.width, tiles.keys), triton.cdiv(chunk.rows, tiles.queries))](
         q_NHE, k_SHC, k_rot_SP, lse_NH, ranges.begin_N, ranges.end_N, out, scale, k_SHC.stride(0), k_SHC.stride(1),
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, **sizes, BQ=tiles.queries, BK=tiles.keys,
-        INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=tiles.stages, num_warps=tiles.warps,
+        INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
 
 

@@ -22,10 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import topk_triton
-from posttrain.kernels.product_triton import dot
+from posttrain.kernels.product_triton import dot, interpreted
+from posttrain.kernels.side_stream import SideStream
 
-CHUNK_BYTES = 32 << 20
-"""Scores of one chunk of queries: half of an H200's L2 cache."""
+CHUNK_BYTES = 24 << 20
+"""Scores of one chunk of queries: two of them stay in an H200's L2 cache."""
 CHUNK_ROWS = 8192
 
 
@@ -40,6 +41,8 @@ class Shape:
     """(query, head) pairs of one product; more than one query where it exceeds the number of heads."""
     warps: int = 4
     stages: int = 2
+    beside: bool = True
+    """Select from a chunk while the next one's scores are computed."""
 
     def together(self, heads: int) -> int:
         """Queries of one product."""
@@ -185,28 +188,42 @@ def topk(
     q and k have one dtype. w is fp32 and carries every factor (J^-1/2, I^-1/2, the scales of a quantised q);
     the scales of quantised keys, one per key (I <= 128), are k_scale, fp32.
     """
-    N, J, I = q_NJI.shape
+    N = len(q_NJI)
     _check(q_NJI, k_SI, w_NJ, ranges, k_scale_S)
     out_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_NJI.device)
-    work = max((c.rows * select.workspace(num_kept, c.width) for c in ranges.chunks), default=0)
     keys = max((c.rows * c.width for c in ranges.chunks), default=0)
-    buffer = torch.empty(keys + work, dtype=torch.int32, device=q_NJI.device)
-    BJ = max(16, triton.next_power_of_2(J))
-    for chunk in ranges.chunks:
-        grid = (triton.cdiv(chunk.width, shape.keys), triton.cdiv(chunk.rows, shape.queries))
-        _scores_kernel[grid](
-            q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, buffer, ranges.begin_N, ranges.end_N,
-            chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
-            J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
-            BQ=shape.queries, QD=shape.together(BJ),
-            SCALED=k_scale_S is not None, INTERPRET=bool(triton.knobs.runtime.interpret),
-            STAGES=shape.stages, num_warps=shape.warps,
-        )  # fmt: skip
-        topk_triton.topk_rows(
-            buffer, ranges.begin_N, ranges.end_N, buffer[keys:], out_NK,
-            first_row=chunk.first_row, rows=chunk.rows, first_key=chunk.first_key, width=chunk.width, shape=select,
-        )  # fmt: skip
+    work = max((c.rows * select.workspace(num_kept, c.width) for c in ranges.chunks), default=0)
+    buffers = torch.empty(2 if shape.beside else 1, keys + work, dtype=torch.int32, device=q_NJI.device)
+    side = SideStream(q_NJI.device if shape.beside else torch.device("cpu"))
+    for number, chunk in enumerate(ranges.chunks):
+        number %= len(buffers)
+        side.wait_for_buffer(number)
+        _write_scores(q_NJI, k_SI, w_NJ, k_scale_S, buffers[number], ranges, chunk, num_kept, shape)
+        with side.follow(number):
+            topk_triton.topk_rows(
+                buffers[number], ranges.begin_N, ranges.end_N, buffers[number, keys:], out_NK,
+                first_row=chunk.first_row, rows=chunk.rows, first_key=chunk.first_key, width=chunk.width,
+                shape=select,
+            )  # fmt: skip
+    side.join()
     return out_NK
+
+
+def _write_scores(
+    q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, k_scale_S: Tensor | None, out: Tensor, ranges: Ranges,
+    chunk: Chunk, num_kept: int, shape: Shape,
+) -> None:  # fmt: skip
+    """The scores of a chunk as integers in their order, [rows, width], where a query needs them."""
+    _, J, I = q_NJI.shape
+    BJ = max(16, triton.next_power_of_2(J))
+    _scores_kernel[(triton.cdiv(chunk.width, shape.keys), triton.cdiv(chunk.rows, shape.queries))](
+        q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, out, ranges.begin_N, ranges.end_N,
+        chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
+        J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
+        BQ=shape.queries, QD=shape.together(BJ),
+        SCALED=k_scale_S is not None, INTERPRET=interpreted(),
+        STAGES=shape.stages, num_warps=shape.warps,
+    )  # fmt: skip
 
 
 def _check(q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, ranges: Ranges, k_scale_S: Tensor | None) -> None:

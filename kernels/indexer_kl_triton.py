@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.product_triton import dot
+from posttrain.kernels.product_triton import dot, interpreted
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,10 @@ def indexer_kl(
             raise ValueError(f"{name} is not contiguous float32")
     if k_SI.shape[1] != I or w_NJ.shape != (N, J) or p_NK.shape != (N, K) or weight_N.shape != (N,):
         raise ValueError(f"q {tuple(q_NJI.shape)}, k {tuple(k_SI.shape)}, p {tuple(p_NK.shape)} do not fit")
+    if slots_NK.dtype != torch.int32:
+        raise ValueError(f"slots are {slots_NK.dtype}, not int32")
+    if not (q_NJI.is_contiguous() and k_SI.is_contiguous() and slots_NK.is_contiguous()):
+        raise ValueError("q, k and slots must be contiguous")
     like, BI = w_NJ, max(16, triton.next_power_of_2(I))
     kl_N, scores_NK = like.new_empty(N), like.new_empty(N, K)
     dq_NJI, dw_NJ = like.new_empty(N, J, I), like.new_empty(N, J)
@@ -176,7 +180,7 @@ def indexer_kl(
             unit, lost, len(k_SI), J=J, I=I, K=K,
             BJ=max(16, triton.next_power_of_2(J)), BI=BI, BC=max(16, BI // 2),
             BK=shape.keys, KB=triton.next_power_of_2(K), EXACT=deterministic,
-            INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages, num_warps=shape.warps,
+            INTERPRET=interpreted(), STAGES=shape.stages, num_warps=shape.warps,
             maxnreg=shape.registers,
         )  # fmt: skip
     if deterministic:

@@ -18,6 +18,7 @@ from torch import Tensor
 from posttrain.kernels import topk_triton
 from posttrain.kernels.index_topk_triton import SHAPE, Shape, score_tile
 from posttrain.kernels.pages import Pages
+from posttrain.kernels.product_triton import interpreted
 from posttrain.kernels.topk_triton import ordered
 
 SPAN = 512
@@ -104,7 +105,7 @@ def topk(
             q_BQJI.contiguous(), pool_PSI, w_BQJ.contiguous(), table_BM, pages.lengths_B, buffer,
             pages.block_size, table_BM.stride(0), pool_PSI.stride(0), pool_PSI.stride(1), width,
             Q=Q, J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
-            QD=together, SPAN=SPAN, INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages,
+            QD=together, SPAN=SPAN, INTERPRET=interpreted(), STAGES=shape.stages,
             num_warps=shape.warps,
         )  # fmt: skip
         topk_triton.topk_rows(

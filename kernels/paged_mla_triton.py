@@ -17,7 +17,8 @@ from torch import Tensor
 
 from posttrain.kernels.paged_index_topk_triton import page
 from posttrain.kernels.pages import Pages
-from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, block, dot, interpreted
+from posttrain.kernels.product_triton import dot, interpreted
+from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, block
 
 PART = 512
 """Kept entries of a part."""
@@ -63,14 +64,13 @@ def _part_kernel(
         entry = pool_ptr + offset[:, None]
         k = tl.load(entry + r[None, :], mask=valid[:, None] & in_r[None, :], other=0.0)
         k_rot = tl.load(entry + R + p[None, :], mask=valid[:, None] & in_p[None, :], other=0.0)
-        logits = dot(q, tl.trans(k), tl.zeros([BH, BK], tl.float32), INTERPRET)
-        logits = dot(q_rot, tl.trans(k_rot), logits, INTERPRET)
+        logits = dot(q, tl.trans(k), INTERPRET) + dot(q_rot, tl.trans(k_rot), INTERPRET)
         logits = tl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
         new_m = tl.maximum(m, tl.max(logits, 1))
         prob = tl.exp2(logits - new_m[:, None])
         shrink = tl.exp2(m - new_m)
         total = total * shrink + tl.sum(prob, 1)
-        acc = dot(prob.to(k.dtype), k, acc * shrink[:, None], INTERPRET)
+        acc = acc * shrink[:, None] + dot(prob.to(k.dtype), k, INTERPRET)
         m = new_m
     out = (row * PARTS + part) * H + h
     tl.store(m_ptr + out, m, mask=in_h)

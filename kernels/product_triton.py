@@ -13,3 +13,8 @@ def dot(a, b, INTERPRET: tl.constexpr):
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, input_precision="tf32x3")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in the interpreter: what kernels take as INTERPRET."""
+    return bool(triton.knobs.runtime.interpret)

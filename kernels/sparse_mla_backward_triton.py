@@ -14,8 +14,6 @@ the other. Definition: reference.sparse_mla. Next: README.md.
 Shape letters as in sparse_mla_triton.py; n queries of a chunk.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import sparse_mla_backward_gluon as gluon
-from posttrain.kernels.sparse_mla_triton import (
-    LOG2E,
-    block,
-    check,
-    dot,
-    fits_gluon,
-    interpreted,
-    kept,
-    last_kept,
-)
+from posttrain.kernels.product_triton import dot, interpreted
+from posttrain.kernels.side_stream import SideStream
+from posttrain.kernels.sparse_mla_triton import LOG2E, block, check, fits_gluon, kept, last_kept
 
 WORKSPACE_BYTES = 512 << 20
 """P and dS of one chunk of queries (there are two such buffers); also the rows of the deterministic mode."""
@@ -107,8 +98,8 @@ def _pairs_kernel(
         k = tl.load(entry + first, mask=valid[:, None] & in_e[None, :], other=0.0)
         q = tl.load(q_at + first, mask=in_h[:, None] & in_e[None, :], other=0.0)
         do = tl.load(do_at + first, mask=in_h[:, None] & in_r[None, :], other=0.0)
-        logits = dot(k, tl.trans(q), logits, INTERPRET)
-        dp = dot(k, tl.trans(do), dp, INTERPRET)
+        logits += dot(k, tl.trans(q), INTERPRET)
+        dp += dot(k, tl.trans(do), INTERPRET)
     prob = tl.exp2(logits * (scale * LOG2E) - lse[None, :])
     prob = tl.where(valid[:, None], prob, 0.0)
     ds = tl.where(valid[:, None], prob * (dp - delta[None, :]) * scale, 0.0)
@@ -144,7 +135,7 @@ def _dq_kernel(
         k = tl.load(
             kv_ptr + slots[:, None] * E + c[None, :], mask=valid[:, None] & (c < E)[None, :], other=0.0
         )
-        dq = dot(tl.trans(ds), k, dq, INTERPRET)
+        dq += dot(tl.trans(ds), k, INTERPRET)
     mask = (h < H)[:, None] & (c < E)[None, :]
     tl.store(dq_ptr + (row * H + h[:, None]) * E + c[None, :], dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
@@ -181,7 +172,7 @@ def _dkv_kernel(
             work_ptr + (local * K + at[:, None]) * (2 * H) + (h + H * (is_q == 0))[None, :],
             mask=(at < K)[:, None] & (h < H)[None, :], other=0.0,
         )  # fmt: skip
-        grad = dot(ds_p, q_do, tl.zeros([BK, BC], tl.float32), INTERPRET)
+        grad = dot(ds_p, q_do, INTERPRET)
         if ROWS:
             target = dkv_ptr + (local * K + at[:, None]) * E + c[None, :]
             tl.store(target, grad.to(dkv_ptr.dtype.element_ty), mask=valid[:, None] & in_c[None, :])
@@ -237,7 +228,7 @@ def backward(
     """
     R = o_NHR.shape[-1]
     N, H, E = check(q_NHE, entries_SE, slots_NK, R)
-    K, S, INTERPRET = slots_NK.shape[1], len(entries_SE), interpreted()
+    K, S = slots_NK.shape[1], len(entries_SE)
     BH, KB = min(launch.pairs.heads, block(H)), triton.next_power_of_2(K)
     G = triton.cdiv(H, BH)
     delta_NH = q_NHE.new_empty(N, H, dtype=torch.float32)
@@ -249,7 +240,7 @@ def backward(
     works = [q_NHE.new_empty(rows, K, 2 * H) for _ in range(2)]
     if N:
         _delta_kernel[(triton.cdiv(N * H, 16),)](o_NHR, do_NHR, delta_NH, N * H, R=R, BR=block(R), ROWS=16)
-    side = _Side(q_NHE.device)
+    side = SideStream(q_NHE.device)
     for chunk, first in enumerate(range(0, N, rows)):
         count, work_nK2H = min(rows, N - first), works[chunk % 2]
         side.wait_for_buffer(chunk % 2)
@@ -257,7 +248,7 @@ def backward(
         _pairs_kernel[(count * G * triton.cdiv(K, t.keys),)](
             q_NHE, entries_SE, slots_NK, do_NHR, lse_NH, delta_NH, work_nK2H, target_NGK, scale, S, first,
             H=H, R=R, P=E - R, K=K, BH=BH, BD=t.columns, BK=t.keys, G=G, TARGET=with_target,
-            INTERPRET=INTERPRET, STAGES=t.stages, num_warps=t.warps,
+            INTERPRET=interpreted(), STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
         with side.follow(chunk % 2):
             add = _add_in_order if deterministic else _add_atomically
@@ -267,42 +258,10 @@ def backward(
         _dq_kernel[(count * triton.cdiv(E, columns),)](
             entries_SE, slots_NK, work_nK2H, dq_NHE, S, first,
             H=H, E=E, K=K, KB=KB, BH=block(H), BC=columns, BK=t.keys,
-            INTERPRET=INTERPRET, STAGES=t.stages, num_warps=t.warps,
+            INTERPRET=interpreted(), STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
     side.join()
     return dq_NHE, dkv_SE, target_NGK.sum(1) / H if with_target else None
-
-
-class _Side:
-    """A second stream that works on what the first has finished; on the CPU there is one order of things."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._main = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._busy: dict[int, list[torch.cuda.Event]] = {0: [], 1: []}
-
-    def wait_for_buffer(self, number: int) -> None:
-        """Before the first stream writes to a buffer: all that read it are done."""
-        for event in self._busy[number]:
-            assert self._main is not None
-            self._main.wait_event(event)
-        self._busy[number].clear()
-
-    @contextmanager
-    def follow(self, number: int) -> Iterator[None]:
-        """Work on a buffer, after what the first stream has done up to here."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(self._main)
-        with torch.cuda.stream(self._stream):
-            yield
-            self._busy[number].append(self._stream.record_event())
-
-    def join(self) -> None:
-        """The first stream goes on when the second is done."""
-        if self._main is not None:
-            self._main.wait_stream(self._stream)
 
 
 def _add_atomically(

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import sparse_mla_gluon
+from posttrain.kernels.product_triton import dot, interpreted
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MAX_HEADS = 128
@@ -58,16 +59,6 @@ def last_kept(slots_ptr, row, num_slots, K: tl.constexpr, KB: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, INTERPRET: tl.constexpr):
-    """acc + a b; the interpreter computes bf16 products wrongly, so they are fp32 there."""
-    if INTERPRET:
-        acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
-        acc = tl.dot(a, b, acc, input_precision="tf32x3")  # of fp32 factors; plain TF32 loses 13 bits
-    return acc
-
-
-@triton.jit
 def _forward_kernel(
     q_ptr, kv_ptr, slots_ptr, o_ptr, lse_ptr, scale, num_slots,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
@@ -92,14 +83,13 @@ def _forward_kernel(
         entry = kv_ptr + slots[:, None] * E
         k = tl.load(entry + r[None, :], mask=valid[:, None] & in_r[None, :], other=0.0)
         k_rot = tl.load(entry + R + p[None, :], mask=valid[:, None] & in_p[None, :], other=0.0)
-        logits = dot(q, tl.trans(k), tl.zeros([BH, BK], tl.float32), INTERPRET)
-        logits = dot(q_rot, tl.trans(k_rot), logits, INTERPRET)
+        logits = dot(q, tl.trans(k), INTERPRET) + dot(q_rot, tl.trans(k_rot), INTERPRET)
         logits = tl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
         new_m = tl.maximum(m, tl.max(logits, 1))
         prob = tl.exp2(logits - new_m[:, None])
         shrink = tl.exp2(m - new_m)
         total = total * shrink + tl.sum(prob, 1)
-        acc = dot(prob.to(k.dtype), k, acc * shrink[:, None], INTERPRET)
+        acc = acc * shrink[:, None] + dot(prob.to(k.dtype), k, INTERPRET)
         m = new_m
     any_key = total > 0
     safe = tl.where(any_key, total, 1.0)
@@ -135,14 +125,13 @@ def _forward_few_kernel(
         entry = kv_ptr + slots[:, None] * E
         k = tl.load(entry + r[None, :], mask=valid[:, None] & in_r[None, :], other=0.0)
         k_rot = tl.load(entry + R + p[None, :], mask=valid[:, None] & in_p[None, :], other=0.0)
-        logits = dot(k, tl.trans(q), tl.zeros([BK, BH], tl.float32), INTERPRET)
-        logits = dot(k_rot, tl.trans(q_rot), logits, INTERPRET)
+        logits = dot(k, tl.trans(q), INTERPRET) + dot(k_rot, tl.trans(q_rot), INTERPRET)
         logits = tl.where(valid[:, None], logits * (scale * LOG2E), float("-inf"))
         new_m = tl.maximum(m, tl.max(logits, 0))
         prob = tl.exp2(logits - new_m[None, :])
         shrink = tl.exp2(m - new_m)
         total = total * shrink + tl.sum(prob, 0)
-        acc = dot(tl.trans(k), prob.to(k.dtype), acc * shrink[None, :], INTERPRET)
+        acc = acc * shrink[None, :] + dot(tl.trans(k), prob.to(k.dtype), INTERPRET)
         m = new_m
     any_key = total > 0
     safe = tl.where(any_key, total, 1.0)
@@ -225,8 +214,3 @@ def check(q_NHE: Tensor, entries_SE: Tensor, slots_NK: Tensor, value_size: int) 
 def block(size: int) -> int:
     """Size of the block that holds a dimension of a product: a power of two, 16 at least."""
     return max(16, triton.next_power_of_2(size))
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return bool(triton.knobs.runtime.interpret)

@@ -25,7 +25,7 @@ class Shape:
     sample: int = 4096
     """Keys that the floor is taken from; shorter rows are taken whole."""
     warps: int = 8
-    many: int = 192
+    many: int = 0
     """With fewer rows than that, a row has four times as many warps."""
 
     def few(self, num_kept: int, width: int) -> int:
@@ -36,7 +36,7 @@ class Shape:
     def workspace(self, num_kept: int, width: int) -> int:
         """int32 words that a row needs beside its keys: two bitmaps, and the positions of the few."""
         few = self.few(num_kept, width)
-        return 2 * triton.cdiv(max(width, few), 32) + few
+        return 2 * triton.cdiv(max(width, few), 512) * 16 + few
 
 
 SHAPE = Shape()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from posttrain.kernels import dense_probs_triton
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
-from posttrain.kernels.product_triton import dot
+from posttrain.kernels.product_triton import dot, interpreted
 
 SEGMENT = 8192
 """Keys of one sum of dq."""
@@ -304,14 +304,7 @@ def warmup_kl(
     w is fp32 and carries every factor. A query without keys gives 0. The bits are always the same.
     """
     N, J, I = q_NJI.shape
-    if k_SI.shape[1] != I or w_NJ.shape != (N, J) or w_NJ.dtype != torch.float32 or weight_N.shape != (N,):
-        raise ValueError(f"q {tuple(q_NJI.shape)}, k {tuple(k_SI.shape)}, w {tuple(w_NJ.shape)} do not fit")
-    if len(ranges.begin_N) != N or len(attention.q_NHE) != N or ranges.num_keys > len(k_SI):
-        raise ValueError(
-            f"{N} queries of the indexer, {len(attention.q_NHE)} of the attention do not fit the ranges"
-        )
-    if not (q_NJI.is_contiguous() and k_SI.is_contiguous() and w_NJ.is_contiguous()):
-        raise ValueError("q, k and w of the indexer must be contiguous")
+    _check(attention, q_NJI, k_SI, w_NJ, ranges, weight_N)
     kl_N, dq_NJI, dw_NJ = w_NJ.new_empty(N), w_NJ.new_empty(N, J, I), w_NJ.new_empty(N, J)
     dk_SI = torch.zeros(k_SI.shape, dtype=torch.float32, device=k_SI.device)
     for chunk in ranges.chunks:
@@ -324,6 +317,27 @@ def warmup_kl(
         _gradients_q(chunk, space, q_NJI, k_SI, w_NJ, ranges, dq_NJI, dw_NJ, shapes.grad_q)
         _gradient_k(chunk, space, q_NJI, w_NJ, ranges, dk_SI, shapes.grad_k)
     return kl_N, dq_NJI, dk_SI, dw_NJ
+
+
+def _check(
+    attention: Attention, q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, ranges: Ranges, weight_N: Tensor
+) -> None:
+    N, J, I = q_NJI.shape
+    if k_SI.shape[1] != I or k_SI.dtype != q_NJI.dtype or w_NJ.shape != (N, J) or weight_N.shape != (N,):
+        raise ValueError(
+            f"q {tuple(q_NJI.shape)} {q_NJI.dtype}, k {tuple(k_SI.shape)} {k_SI.dtype}, w {tuple(w_NJ.shape)} and "
+            f"weights {tuple(weight_N.shape)} do not fit together"
+        )
+    if len(ranges.begin_N) != N or len(attention.q_NHE) != N or ranges.num_keys > len(k_SI):
+        raise ValueError(
+            f"{N} queries and {len(k_SI)} keys of the indexer, {len(attention.q_NHE)} queries of the attention, ranges "
+            f"of {len(ranges.begin_N)} queries over {ranges.num_keys} keys"
+        )
+    for name, tensor in (("w", w_NJ), ("weight", weight_N), ("lse", attention.lse_NH)):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous float32")
+    if not (q_NJI.is_contiguous() and k_SI.is_contiguous()):
+        raise ValueError("q and k of the indexer must be contiguous")
 
 
 @dataclass(frozen=True)
@@ -359,7 +373,7 @@ def _loss(
     _scores_kernel[(triton.cdiv(chunk.width, shape.keys), triton.cdiv(chunk.rows, shape.queries))](
         q_NJI, k_SI, w_NJ, space.scores, space.signs, ranges.begin_N, ranges.end_N,
         chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width, **_sizes(q_NJI),
-        BK=shape.keys, BQ=shape.queries, INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages,
+        BK=shape.keys, BQ=shape.queries, INTERPRET=interpreted(), STAGES=shape.stages,
         num_warps=shape.warps,
     )  # fmt: skip
     _row_kernel[(chunk.rows,)](
@@ -378,7 +392,7 @@ def _gradients_q(
     _grad_q_kernel[(triton.cdiv(chunk.rows, shape.queries), segments)](
         k_SI, space.di, space.signs, ranges.begin_N, ranges.end_N, part,
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, **sizes, BK=shape.keys, QD=shape.queries,
-        SEGMENT=SEGMENT, INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages,
+        SEGMENT=SEGMENT, INTERPRET=interpreted(), STAGES=shape.stages,
         num_warps=shape.warps,
     )  # fmt: skip
     _finish_q_kernel[(chunk.rows,)](
@@ -400,7 +414,7 @@ def _gradient_k(
         qw_nJI, space.di, space.signs, ranges.begin_N, ranges.end_N, part,
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, per_split, **_sizes(q_NJI),
         BK=shape.keys, QD=shape.queries, ROWS=triton.next_power_of_2(per_split),
-        INTERPRET=bool(triton.knobs.runtime.interpret), STAGES=shape.stages, num_warps=shape.warps,
+        INTERPRET=interpreted(), STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
     keys = min(chunk.width, len(dk_SI) - chunk.first_key)
     dk_SI[chunk.first_key : chunk.first_key + keys] += part[:, :keys].sum(0)

@@ -9,9 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from posttrain.kernels import index_topk_triton as index_topk
-from posttrain.kernels import indexer_kl_triton as indexer_kl
-from posttrain.kernels import reference
 from posttrain.kernels import sparse_mla_backward_triton as sparse_mla_backward
 from posttrain.kernels import sparse_mla_triton as sparse_mla
 
@@ -134,99 +131,3 @@ def test_sparse_mla_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         sparse_mla.forward(q.transpose(0, 1).contiguous().transpose(0, 1), kv,
                            torch.zeros(3, 4, dtype=torch.int32, device=DEVICE), SCALE, 8)  # fmt: skip
-
-
-LENGTHS = [23, 1, 40]
-
-
-def _ranges() -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last + 1 key of every query of packed documents."""
-    total = sum(LENGTHS)
-    begins = torch.cat([torch.full((n,), sum(LENGTHS[:i])) for i, n in enumerate(LENGTHS)])
-    return begins.int().to(DEVICE), torch.arange(1, total + 1).int().to(DEVICE)
-
-
-def _kept_by_definition(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, kept: int) -> torch.Tensor:
-    rows, start = [], 0
-    for n in LENGTHS:
-        part = slice(start, start + n)
-        scores = reference.index_scores(q[None, part], k[None, part], w[None, part] * q.shape[-1] ** 0.5)
-        mask = reference.causal_mask(torch.arange(n, device=DEVICE)[None], n)
-        found = reference.select_topk(scores, mask, kept)[0]
-        found = torch.nn.functional.pad(found, (0, kept - found.shape[1]), value=-1)
-        rows.append(torch.where(found < 0, found, found + start).int())
-        start += n
-    return torch.cat(rows)
-
-
-@pytest.mark.parametrize("chunk_bytes", [1, 2000, 32 << 20])
-def test_topk_over_packed_documents_with_ties(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
-    monkeypatch.setattr(index_topk, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(index_topk, "ROW_BLOCK", 16)
-    # Few different values: sums are exact in any order, and ties and zeros are everywhere.
-    q, k, w = (
-        (_random(*shape, seed=i) * 2).round() / 2 for i, shape in enumerate([(64, 3, 10), (64, 10), (64, 3)])
-    )
-    found = index_topk.topk(q, k, w, *_ranges(), 7, shape=index_topk.Shape(keys=16, queries=4))
-    assert torch.equal(found, _kept_by_definition(q, k, w, 7))
-
-
-def test_topk_of_hard_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One head of size one makes the score the key itself: negative, tiny, -0.0, infinite, NaN, equal."""
-    monkeypatch.setattr(index_topk, "ROW_BLOCK", 16)
-    hard = [
-        -0.0,
-        0.0,
-        1e-45,
-        -1e-45,
-        3.0,
-        float("inf"),
-        NAN,
-        -2.0,
-        -2.0,
-        3.0,
-        1e38,
-        -1e38,
-        float("-inf"),
-        0.0,
-    ]
-    scores = torch.tensor([hard], device=DEVICE)
-    out = torch.full((1, 6), -9, dtype=torch.int32, device=DEVICE)
-    begin, end = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (0, len(hard)))
-    index_topk._topk_kernel[(1,)](scores, begin, end, out, 0, 0, len(hard), K=6, BLOCK=16)
-    assert out.tolist() == [[0, 2, 4, 5, 9, 10]]  # of the zeros, 0 and 1 and 13, the lowest
-
-
-@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
-def test_indexer_kl_and_its_gradients(deterministic: bool) -> None:
-    num, heads, size, kept, keys = 9, 3, 10, 20, 40
-    q, k, w = _random(num, heads, size, seed=0), _random(keys, size, seed=1), _random(num, heads, seed=2)
-    slots, weight = (
-        _slots(num, kept, keys),
-        torch.rand(num, generator=torch.Generator().manual_seed(1)).to(DEVICE),
-    )
-    slots[num - 1, 1] = -1  # a row does not keep a key twice here
-    k[0] = NAN
-    valid = (slots >= 0) & (slots < keys)
-    p = torch.rand(num, kept, generator=torch.Generator().manual_seed(2)).to(DEVICE) * valid
-    p = p / p.sum(-1, keepdim=True).clamp(min=1e-9)
-    p[3, 2] = 0.0
-    kl, dq, dk, dw = indexer_kl.indexer_kl(
-        q, k, w, slots, p, weight, deterministic=deterministic, shape=indexer_kl.Shape(keys=16)
-    )
-    exact = [x.double().nan_to_num(0.0).requires_grad_() for x in (q, k, w)]
-    gathered = exact[1][torch.where(valid, slots, 1).long()]
-    products = torch.einsum("nji,nki->njk", exact[0], gathered).relu()
-    scores = torch.einsum("njk,nj->nk", products, exact[2])
-    logq = scores.masked_fill(~valid, float("-inf")).log_softmax(-1)
-    mass = p.double().sum(-1, keepdim=True)
-    terms = torch.xlogy(p.double(), p.double()) - p.double() * logq.masked_fill(~valid, 0.0)
-    wanted = terms.sum(-1)
-    assert bool((mass[1:] > 0.5).all())
-    (wanted * weight.double())[1:].sum().backward()
-    torch.testing.assert_close(kl.double(), wanted.detach(), atol=1e-5, rtol=1e-5)
-    for name, ours, tensor in (("dq", dq, exact[0]), ("dk", dk, exact[1]), ("dw", dw, exact[2])):
-        assert tensor.grad is not None
-        torch.testing.assert_close(
-            ours.double(), tensor.grad, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )

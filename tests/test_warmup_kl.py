@@ -102,3 +102,73 @@ def test_value_and_gradients_over_packed_documents(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(
             ours.double(), true, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.mark.slow
+def test_a_query_alone_has_the_same_bits() -> None:
+    """The last query of a document in the middle of a pack, and alone with the keys of its document."""
+    attention, index, weight = _inputs(LENGTHS)
+    together = warmup_kl_triton.warmup_kl(
+        _with_lse(attention, _ranges(LENGTHS)), *index, _ranges(LENGTHS), weight, shapes=SMALL
+    )
+    keys, row = slice(12, 36), slice(35, 36)
+    alone = Attention(
+        attention.q_NHE[row].clone(), attention.k_SHC[keys], attention.k_rot_SP[keys].clone(),
+        attention.lse_NH[row].clone(), attention.scale,
+    )  # fmt: skip
+    ranges = index_topk_triton.key_ranges(torch.tensor([0]), torch.tensor([24]), DEVICE)
+    found = warmup_kl_triton.warmup_kl(
+        _with_lse(alone, ranges), index[0][row].clone(), index[1][keys].clone(), index[2][row].clone(), ranges,
+        weight[row].clone(), shapes=SMALL,
+    )  # fmt: skip
+    for number in (0, 1, 3):
+        assert torch.equal(together[number][row], found[number])
+
+
+def test_one_key_and_equal_keys_by_hand() -> None:
+    """One key: both distributions are 1. Equal keys: both are uniform. Either way no loss and no gradient of w."""
+    attention, index, weight = _inputs([3])
+    attention.k_SHC[:3], attention.k_rot_SP[:3], index[1][:3] = 0.25, 0.5, 1.0
+    ranges = _ranges([3])
+    attention = _with_lse(attention, ranges)
+    logits = torch.einsum(
+        "he,e->h", attention.q_NHE[2], torch.tensor([0.25] * OWN + [0.5] * ROTARY, device=DEVICE)
+    )
+    torch.testing.assert_close(attention.lse_NH[2], logits * 0.3 + torch.log(torch.tensor(3.0)).item())
+    kl, dq, dk, dw = warmup_kl_triton.warmup_kl(attention, *index, ranges, weight, shapes=SMALL)
+    for name, tensor in (("kl", kl), ("dq", dq), ("dw", dw)):
+        torch.testing.assert_close(tensor, torch.zeros_like(tensor), atol=1e-6, rtol=0, msg=name)
+    assert dk[3].eq(0).all(), "a key nobody sees"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
+def test_what_is_not_finite_is_not_hidden() -> None:
+    attention, index, weight = _inputs([4])
+    ranges = _ranges([4])
+    attention = _with_lse(attention, ranges)
+    index[0][2, 1, 3] = NAN
+    kl, _, dk, dw = warmup_kl_triton.warmup_kl(attention, *index, ranges, weight, shapes=SMALL)
+    assert kl[2].isnan() and dw[2].isnan().any() and dk.isnan().any() and kl[[0, 1, 3]].isfinite().all()
+
+
+def test_empty_ranges_lose_nothing() -> None:
+    attention, index, weight = _inputs([2])
+    ranges = index_topk_triton.key_ranges(torch.tensor([1, 0]), torch.tensor([1, 2]), DEVICE)
+    attention = _with_lse(attention, ranges)
+    assert attention.lse_NH[0].eq(float("-inf")).all()
+    kl, dq, _, dw = warmup_kl_triton.warmup_kl(attention, *index, ranges, weight, shapes=SMALL)
+    assert kl[0] == 0 and dq[0].eq(0).all() and dw[0].eq(0).all() and kl[1] > 0
+
+
+def test_refuses_what_does_not_fit() -> None:
+    attention, (q, k, w), weight = _inputs([3])
+    ranges = _ranges([3])
+    for wrong, match in (
+        ((attention, q, k[:, :8], w, ranges, weight), "do not fit together"),
+        ((attention, q, k, w, _ranges([2]), weight), "ranges of 2 queries"),
+        ((attention, q, k, w.double(), ranges, weight), "w is not contiguous float32"),
+        ((Attention(attention.q_NHE, attention.k_SHC[:, :2], attention.k_rot_SP, attention.lse_NH, 0.3), q, k, w,
+          ranges, weight), "do not fit together"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            warmup_kl_triton.warmup_kl(*wrong)
