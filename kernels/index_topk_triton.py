@@ -22,11 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import topk_triton
+from posttrain.kernels.lanes import Lanes
 from posttrain.kernels.product_triton import dot, interpreted
-from posttrain.kernels.side_stream import SideStream
 
 CHUNK_BYTES = 24 << 20
 """Scores of one chunk of queries: two of them stay in an H200's L2 cache."""
+WIDE_CHUNK_BYTES = 64 << 20
+"""Scores of one wide chunk: 128 queries of 131,072 keys."""
+WIDE_CHUNK_STEP = 128
 CHUNK_ROWS = 8192
 
 
@@ -41,8 +44,8 @@ class Shape:
     """(query, head) pairs of one product; more than one query where it exceeds the number of heads."""
     warps: int = 4
     stages: int = 2
-    beside: bool = True
-    """Select from a chunk while the next one's scores are computed."""
+    lanes: int = 2
+    """Chunks under way: the selection of one runs beside the scores of the next."""
 
     def together(self, heads: int) -> int:
         """Queries of one product."""
@@ -72,6 +75,9 @@ class Ranges:
     begin_N: Tensor
     end_N: Tensor
     chunks: tuple[Chunk, ...]
+    """For the selection."""
+    wide_chunks: tuple[Chunk, ...]
+    """For work on square tiles (warmup_kl_triton.py): more queries, where possible in multiples of a tile's."""
     num_keys: int
     """Keys there must be at least."""
 
@@ -84,7 +90,9 @@ def key_ranges(begin_N: Tensor, end_N: Tensor, device: torch.device | str) -> Ra
     if begin_N.shape != end_N.shape or bool(((begin_N < 0) | (begin_N > end_N)).any()):
         raise ValueError("a range of keys needs 0 <= begin <= end")
     num_keys = int(end_N.max()) if len(end_N) else 0
-    return Ranges(begin_N.to(device), end_N.to(device), tuple(_chunks(begin_N, end_N)), num_keys)
+    chunks = _chunks(begin_N, end_N, CHUNK_BYTES, step=1)
+    wide_chunks = _chunks(begin_N, end_N, WIDE_CHUNK_BYTES, step=WIDE_CHUNK_STEP)
+    return Ranges(begin_N.to(device), end_N.to(device), chunks, wide_chunks, num_keys)
 
 
 def packed(lengths: Sequence[int], device: torch.device | str) -> Ranges:
@@ -94,7 +102,7 @@ def packed(lengths: Sequence[int], device: torch.device | str) -> Ranges:
     return key_ranges(begin_N, torch.arange(1, len(begin_N) + 1), device)
 
 
-def _chunks(begin_N: Tensor, end_N: Tensor) -> list[Chunk]:
+def _chunks(begin_N: Tensor, end_N: Tensor, num_bytes: int, *, step: int) -> tuple[Chunk, ...]:
     empty_N = begin_N == end_N
     low_N, high_N = begin_N.masked_fill(empty_N, torch.iinfo(torch.int32).max), end_N.masked_fill(empty_N, 0)
     found: list[Chunk] = []
@@ -104,11 +112,13 @@ def _chunks(begin_N: Tensor, end_N: Tensor) -> list[Chunk]:
         low, high = low_N[part].long().cummin(0).values, high_N[part].long().cummax(0).values
         width = ((high - low).clamp(min=1) + 31) // 32 * 32
         cells = width * torch.arange(1, len(width) + 1)
-        rows = max(1, int((cells * 4 <= CHUNK_BYTES).sum()))  # cells grow with every row
+        rows = max(1, int((cells * 4 <= num_bytes).sum()))  # cells grow with every row
+        if step < rows < len(begin_N) - first:
+            rows = rows // step * step
         first_key = int(low[rows - 1]) if high[rows - 1] > low[rows - 1] else 0
         found.append(Chunk(first, rows, first_key, int(width[rows - 1])))
         first += rows
-    return found
+    return tuple(found)
 
 
 @triton.jit
@@ -193,19 +203,17 @@ def topk(
     out_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_NJI.device)
     keys = max((c.rows * c.width for c in ranges.chunks), default=0)
     work = max((c.rows * select.workspace(num_kept, c.width) for c in ranges.chunks), default=0)
-    buffers = torch.empty(2 if shape.beside else 1, keys + work, dtype=torch.int32, device=q_NJI.device)
-    side = SideStream(q_NJI.device if shape.beside else torch.device("cpu"))
+    buffers = torch.empty(shape.lanes, keys + work, dtype=torch.int32, device=q_NJI.device)
+    lanes = Lanes(q_NJI.device, shape.lanes)
     for number, chunk in enumerate(ranges.chunks):
-        number %= len(buffers)
-        side.wait_for_buffer(number)
-        _write_scores(q_NJI, k_SI, w_NJ, k_scale_S, buffers[number], ranges, chunk, num_kept, shape)
-        with side.follow(number):
+        buffer = buffers[number % shape.lanes]
+        with lanes.lane(number % shape.lanes):
+            _write_scores(q_NJI, k_SI, w_NJ, k_scale_S, buffer, ranges, chunk, num_kept, shape)
             topk_triton.topk_rows(
-                buffers[number], ranges.begin_N, ranges.end_N, buffers[number, keys:], out_NK,
-                first_row=chunk.first_row, rows=chunk.rows, first_key=chunk.first_key, width=chunk.width,
-                shape=select,
+                buffer, ranges.begin_N, ranges.end_N, buffer[keys:], out_NK, first_row=chunk.first_row,
+                rows=chunk.rows, first_key=chunk.first_key, width=chunk.width, shape=select,
             )  # fmt: skip
-    side.join()
+    lanes.join()
     return out_NK
 
 

@@ -216,7 +216,7 @@ def _topk_kernel(
         if (few >= K) & (few <= FEW):
             at = tl.arange(0, FEW)
             place = tl.load(places_ptr + at, mask=at < few, other=0)
-            key = tl.load(keys_ptr + place, mask=at < few, other=LOWEST)
+            key = tl.load(keys_ptr + place, mask=at < few, other=floor)
             threshold = _threshold(key, K, 0)
             _mark(key > threshold, bits_ptr, 0, few, FEW)
             _mark((key == threshold) & (at < few), ties_ptr, 0, few, FEW)

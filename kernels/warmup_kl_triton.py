@@ -40,17 +40,17 @@ class Shape:
     """Launch shape of one of the passes over tiles."""
 
     keys: int
-    queries: int
     warps: int
     stages: int
+    queries: int = 1
 
 
-SCORES = Shape(keys=128, queries=32, warps=4, stages=2)
+SCORES = Shape(keys=128, warps=4, stages=2, queries=32)
 """queries: of one program, one after another."""
-GRAD_Q = Shape(keys=64, queries=2, warps=4, stages=2)
+GRAD_Q = Shape(keys=64, warps=4, stages=2, queries=2)
 """queries: together as rows of one product."""
-GRAD_K = Shape(keys=128, queries=1, warps=4, stages=2)
-"""queries: together in the sum of one product."""
+GRAD_K = Shape(keys=128, warps=4, stages=2)
+"""Queries come one after another."""
 
 
 @triton.jit
@@ -105,63 +105,46 @@ def _scores_kernel(
 
 @triton.jit(do_not_specialize=["first_row", "first_key"])
 def _row_kernel(
-    scores_ptr, p_ptr, begin_ptr, end_ptr, weight_ptr, kl_ptr, di_ptr, first_row, first_key, width,
-    BLOCK: tl.constexpr,
+    scores_ptr, p_ptr, begin_ptr, end_ptr, weight_ptr, kl_ptr, first_row, first_key, width, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """KL of one query, and weight (softmax(I) mass - p) in the dtype of di."""
+    """KL of one query; dI = weight (softmax(I) mass - p) takes the place of its scores, 0 where it sees no key."""
     local = tl.program_id(0).to(tl.int64)
     row = first_row + local
     begin = tl.load(begin_ptr + row)
     num = tl.load(end_ptr + row) - begin
-    offset = local * width + (begin - first_key)
-    top = tl.full([BLOCK], -1e30, tl.float32)
-    total, mass, cross, entropy = (
-        tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-    )
+    scores_ptr += local * width + (begin - first_key)
+    p_ptr += local * width + (begin - first_key)
+    top = tl.full([BLOCK], -1e30, tl.float32)  # every lane keeps sums of its own
+    total = tl.zeros([BLOCK], tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    cross = tl.zeros([BLOCK], tl.float32)
     start = 0
-    while start < num:  # every lane keeps sums of its own
+    while start < num:
         at = start + tl.arange(0, BLOCK)
-        score = tl.load(scores_ptr + offset + at, mask=at < num, other=float("-inf"))
-        p = tl.load(p_ptr + offset + at, mask=at < num, other=0.0)
+        score = tl.load(scores_ptr + at, mask=at < num, other=float("-inf"))
+        p = tl.load(p_ptr + at, mask=at < num, other=0.0)
         new = tl.maximum(top, score)
         total = total * tl.exp(top - new) + tl.exp(score - new)
         top = new
         mass += p
-        cross += p * tl.where(at < num, score, 0.0)
-        entropy += tl.where(p > 0, p * tl.log(tl.where(p > 0, p, 1.0)), 0.0)
+        logp = tl.log(tl.where(p > 0, p, 1.0))
+        cross += p * (logp - tl.where(at < num, score, 0.0))
         start += BLOCK
     highest = tl.max(top, 0)
     all_total = tl.sum(total * tl.exp(top - highest), 0)
     lse = highest + tl.log(tl.where(all_total == 0, 1.0, all_total))
     all_mass = tl.sum(mass, 0)
-    kl = tl.sum(entropy, 0) - tl.sum(cross, 0) + all_mass * lse
-    tl.store(kl_ptr + row, tl.where(num > 0, kl, 0.0))
+    tl.store(kl_ptr + row, tl.where(num > 0, tl.sum(cross, 0) + all_mass * lse, 0.0))
     weight = tl.load(weight_ptr + row)
-    start = 0
-    while start < num:
+    start = first_key - begin
+    while start < first_key - begin + width:
         at = start + tl.arange(0, BLOCK)
-        score = tl.load(scores_ptr + offset + at, mask=at < num, other=float("-inf"))
-        p = tl.load(p_ptr + offset + at, mask=at < num, other=0.0)
-        di = (tl.exp(score - lse) * all_mass - p) * weight
-        tl.store(di_ptr + offset + at, di.to(di_ptr.dtype.element_ty), mask=at < num)
+        seen = (at >= 0) & (at < num)
+        score = tl.load(scores_ptr + at, mask=seen, other=float("-inf"))
+        p = tl.load(p_ptr + at, mask=seen, other=0.0)
+        di = tl.where(seen, (tl.exp(score - lse) * all_mass - p) * weight, 0.0)
+        tl.store(scores_ptr + at, di, mask=at < first_key - begin + width)
         start += BLOCK
-
-
-@triton.jit
-def _signed(words, di, BW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """di where the bit of a head is set, 0 elsewhere: words and di [planes, keys] -> [heads, keys].
-
-    With KEYS_FIRST both are [keys, planes] and the result is [keys, heads].
-    """
-    b = tl.arange(0, BW)
-    if KEYS_FIRST:
-        on = (words[:, :, None] >> b[None, None, :]) & 1
-        return tl.reshape(tl.where(on != 0, di[:, :, None], 0.0), [ROWS, COLS])
-    on = (words[:, None, :] >> b[None, :, None]) & 1
-    return tl.reshape(tl.where(on != 0, di[:, None, :], 0.0), [ROWS, COLS])
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "first_key"])
@@ -192,8 +175,10 @@ def _grad_q_kernel(
             seen = mine[:, None] & (key[None, :] < tl.minimum(end, stop)[:, None])
             di = tl.load(di_ptr + local.to(tl.int64)[:, None] * width + at[None, :], mask=seen, other=0.0)
             signs_at = (tl.program_id(0).to(tl.int64) * QD * PLANES + line)[:, None] * width + at[None, :]
-            g = _signed(tl.load(signs_ptr + signs_at, mask=seen, other=0), di, BW, QD * BJ, BK, False)
-            acc += dot(g, k, INTERPRET)
+            words = tl.load(signs_ptr + signs_at, mask=seen, other=0)
+            on = (words[:, None, :] >> tl.arange(0, BW)[None, :, None]) & 1
+            g = tl.where(on != 0, di.to(k.dtype)[:, None, :], 0.0)
+            acc += dot(tl.reshape(g, [QD * BJ, BK]), k, INTERPRET)
         document = tl.min(tl.where(begin > document, begin, 0x7FFFFFFF), 0)
     m = tl.arange(0, QD * BJ)
     local = tl.program_id(0) * QD + m // BJ
@@ -229,40 +214,30 @@ def _finish_q_kernel(
 def _grad_k_kernel(
     qw_ptr, di_ptr, signs_ptr, begin_ptr, end_ptr, part_ptr, first_row, rows, first_key, width, per_split,
     J: tl.constexpr, I: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr,
-    BK: tl.constexpr, QD: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """sum_tj g (w q)[t, j] of BK keys over a part of the chunk's queries."""
-    PLANES: tl.constexpr = BJ // BW
     at = tl.program_id(0) * BK + tl.arange(0, BK)
-    key = first_key + at
-    i = tl.arange(0, BI)
-    m = tl.arange(0, QD * BJ)
-    line = tl.arange(0, QD * PLANES)
+    i, b = tl.arange(0, BI), tl.arange(0, BW)
     group = tl.program_id(1) * per_split
     last = tl.minimum(group + per_split, rows)
-    start, stop = _rows_of(
-        begin_ptr, end_ptr, first_row, last, first_key + tl.program_id(0) * BK, BK, ROWS, group
-    )
-    acc = tl.zeros([BK, BI], tl.float32)
+    first = first_key + tl.program_id(0) * BK
+    start, stop = _rows_of(begin_ptr, end_ptr, first_row, last, first, BK, ROWS, group)
     start = tl.minimum(start, stop)
-    for local in tl.range(
-        group if INTERPRET else start, group + ROWS if INTERPRET else stop, QD, num_stages=STAGES
+    acc = tl.zeros([BK, BI], tl.float32)
+    for step in tl.range(
+        group if INTERPRET else start, group + ROWS if INTERPRET else stop, num_stages=STAGES
     ):
-        row = local + line // PLANES
-        inside = (row >= start) & (row < stop)
-        begin = tl.load(begin_ptr + first_row + row, mask=inside, other=0)
-        end = tl.load(end_ptr + first_row + row, mask=inside, other=0)
-        seen = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :])
-        di = tl.load(di_ptr + row.to(tl.int64)[None, :] * width + at[:, None], mask=seen, other=0.0)
-        signs_at = (local * PLANES + line).to(tl.int64)[None, :] * width + at[:, None]
-        words = tl.load(signs_ptr + signs_at, mask=seen, other=0)
-        g = _signed(words, di, BW, BK, QD * BJ, True)
-        mine = (local + m // BJ < stop) & (m % BJ < J)
-        qw_at = local * J + m // BJ * J + m % BJ
-        qw = tl.load(
-            qw_ptr + qw_at[:, None] * I + i[None, :], mask=mine[:, None] & (i < I)[None, :], other=0.0
-        )
-        acc += dot(g, qw, INTERPRET)
+        local = step if INTERPRET else step.to(tl.int64)
+        inside = (at < width) & (local >= start) & (local < stop)
+        di = tl.load(di_ptr + local * width + at, mask=inside, other=0.0).to(qw_ptr.dtype.element_ty)
+        for plane in tl.static_range(BJ // BW):
+            words = tl.load(signs_ptr + (local * (BJ // BW) + plane) * width + at, mask=inside, other=0)
+            g = tl.where(((words[:, None] >> b[None, :]) & 1) != 0, di[:, None], 0.0)
+            j = plane * BW + b
+            mask = ((j < J) & (local < stop))[:, None] & (i < I)[None, :]
+            qw = tl.load(qw_ptr + (local * J + j)[:, None] * I + i[None, :], mask=mask, other=0.0)
+            acc += dot(g, qw, INTERPRET)
     part = (tl.program_id(1) * width + at).to(tl.int64)
     tl.store(part_ptr + part[:, None] * I + i[None, :], acc, mask=(at < width)[:, None] & (i < I)[None, :])
 
@@ -307,7 +282,7 @@ def warmup_kl(
     _check(attention, q_NJI, k_SI, w_NJ, ranges, weight_N)
     kl_N, dq_NJI, dw_NJ = w_NJ.new_empty(N), w_NJ.new_empty(N, J, I), w_NJ.new_empty(N, J)
     dk_SI = torch.zeros(k_SI.shape, dtype=torch.float32, device=k_SI.device)
-    for chunk in ranges.chunks:
+    for chunk in ranges.wide_chunks:
         space = _Workspace.make(chunk, q_NJI)
         dense_probs_triton.chunk_probs(
             attention.q_NHE, attention.k_SHC, attention.k_rot_SP, attention.lse_NH, ranges, chunk,
@@ -342,11 +317,11 @@ def _check(
 
 @dataclass(frozen=True)
 class _Workspace:
-    """What a chunk needs between its passes: 18 bytes per pair for 64 heads."""
+    """What a chunk needs between its passes: 16 bytes per pair for 64 heads."""
 
     p: Tensor
     scores: Tensor
-    di: Tensor
+    """Then dI."""
     signs: Tensor
 
     @staticmethod
@@ -354,9 +329,7 @@ class _Workspace:
         cells = chunk.rows * chunk.width
         planes = _sizes(q_NJI)["BJ"] // _sizes(q_NJI)["BW"]
         p, scores = (q_NJI.new_empty(cells, dtype=torch.float32) for _ in range(2))
-        return _Workspace(
-            p, scores, q_NJI.new_empty(cells), q_NJI.new_empty(cells * planes, dtype=torch.int32)
-        )
+        return _Workspace(p, scores, q_NJI.new_empty(cells * planes, dtype=torch.int32))
 
 
 def _sizes(q_NJI: Tensor) -> dict[str, int]:
@@ -377,7 +350,7 @@ def _loss(
         num_warps=shape.warps,
     )  # fmt: skip
     _row_kernel[(chunk.rows,)](
-        space.scores, space.p, ranges.begin_N, ranges.end_N, weight_N, kl_N, space.di,
+        space.scores, space.p, ranges.begin_N, ranges.end_N, weight_N, kl_N,
         chunk.first_row, chunk.first_key, chunk.width, BLOCK=2048, num_warps=8,
     )  # fmt: skip
 
@@ -390,7 +363,7 @@ def _gradients_q(
     segments = triton.cdiv(chunk.width, SEGMENT)
     part = dq_NJI.new_empty(segments * chunk.rows, *dq_NJI.shape[1:])
     _grad_q_kernel[(triton.cdiv(chunk.rows, shape.queries), segments)](
-        k_SI, space.di, space.signs, ranges.begin_N, ranges.end_N, part,
+        k_SI, space.scores, space.signs, ranges.begin_N, ranges.end_N, part,
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, **sizes, BK=shape.keys, QD=shape.queries,
         SEGMENT=SEGMENT, INTERPRET=interpreted(), STAGES=shape.stages,
         num_warps=shape.warps,
@@ -407,13 +380,13 @@ def _gradient_k(
     rows = slice(chunk.first_row, chunk.first_row + chunk.rows)
     qw_nJI = (q_NJI[rows].float() * w_NJ[rows, :, None]).to(q_NJI.dtype)
     blocks = triton.cdiv(chunk.width, shape.keys)
-    splits = max(1, min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(chunk.rows, 16)))
+    splits = max(1, min(PROGRAMS // blocks, triton.cdiv(chunk.rows, 16)))
     per_split = triton.cdiv(chunk.rows, splits)
     part = dk_SI.new_empty(splits, chunk.width, dk_SI.shape[1])
     _grad_k_kernel[(blocks, splits)](
-        qw_nJI, space.di, space.signs, ranges.begin_N, ranges.end_N, part,
+        qw_nJI, space.scores, space.signs, ranges.begin_N, ranges.end_N, part,
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, per_split, **_sizes(q_NJI),
-        BK=shape.keys, QD=shape.queries, ROWS=triton.next_power_of_2(per_split),
+        BK=shape.keys, ROWS=triton.next_power_of_2(per_split),
         INTERPRET=interpreted(), STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
     keys = min(chunk.width, len(dk_SI) - chunk.first_key)

@@ -11,7 +11,20 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when a kernel is defined
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Tensor.new_empty allocates is NaN, or -1 in workspaces of integers."""
+    make = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        out: torch.Tensor = make(self, *args, **kwargs)  # type: ignore[arg-type,call-overload]
+        return out.fill_(float("nan") if out.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)

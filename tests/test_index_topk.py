@@ -188,6 +188,10 @@ def test_ranges_of_packed_documents_by_hand(monkeypatch: pytest.MonkeyPatch) -> 
     assert apart.chunks == (Chunk(0, 2, 9, 32), Chunk(2, 1, 100, 64)), "an empty range widens no window"
     assert key_ranges(torch.tensor([4]), torch.tensor([4]), "cpu").chunks == (Chunk(0, 1, 0, 32),)
     assert packed([], "cpu").chunks == ()
+    monkeypatch.setattr(index_topk_triton, "WIDE_CHUNK_BYTES", 4 * 32 * 7)
+    monkeypatch.setattr(index_topk_triton, "WIDE_CHUNK_STEP", 4)
+    wide = packed([11], "cpu").wide_chunks
+    assert wide == (Chunk(0, 4, 0, 32), Chunk(4, 7, 0, 32)), "a multiple of 4, except at the end"
     with pytest.raises(ValueError, match="begin <= end"):
         key_ranges(torch.tensor([3]), torch.tensor([2]), "cpu")
 

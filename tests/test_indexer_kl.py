@@ -12,16 +12,7 @@ NUM, HEADS, SIZE, KEPT, KEYS = 9, 3, 10, 20, 40
 SMALL = Shape(keys=16)
 
 
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated without a value is NaN."""
-    make = torch.Tensor.new_empty
-
-    def poisoned(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        out: torch.Tensor = make(self, *args, **kwargs)  # type: ignore[arg-type,call-overload]
-        return out.fill_(NAN) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:

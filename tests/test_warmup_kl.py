@@ -13,21 +13,17 @@ SMALL = Shapes(
     probs=dense_probs_triton.Tiles(queries=16, keys=16, warps=4, stages=1),
     scores=Shape(keys=16, queries=4, warps=4, stages=1),
     grad_q=Shape(keys=16, queries=2, warps=4, stages=1),
-    grad_k=Shape(keys=16, queries=2, warps=4, stages=1),
+    grad_k=Shape(keys=16, warps=4, stages=1),
 )
 NAN = float("nan")
 
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated without a value is NaN; chunks and segments are small."""
-    make = torch.Tensor.new_empty
-
-    def poisoned(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        out: torch.Tensor = make(self, *args, **kwargs)  # type: ignore[arg-type,call-overload]
-        return out.fill_(NAN if out.is_floating_point() else -1)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def _small_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several segments of keys and parts of queries."""
     monkeypatch.setattr(warmup_kl_triton, "SEGMENT", 16)
     monkeypatch.setattr(warmup_kl_triton, "PROGRAMS", 4)
 
@@ -91,10 +87,11 @@ def _with_lse(attention: Attention, ranges: index_topk_triton.Ranges) -> Attenti
 @pytest.mark.slow
 @pytest.mark.parametrize("cells", [32 * 9, 8 << 20], ids=["many chunks", "one chunk"])
 def test_value_and_gradients_over_packed_documents(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
-    monkeypatch.setattr(index_topk_triton, "CHUNK_BYTES", 4 * cells)
+    monkeypatch.setattr(index_topk_triton, "WIDE_CHUNK_BYTES", 4 * cells)
+    monkeypatch.setattr(index_topk_triton, "WIDE_CHUNK_STEP", 4)
     attention, index, weight = _inputs(LENGTHS)
     ranges = _ranges(LENGTHS)
-    assert (len(ranges.chunks) > 1) == (cells < 1000)
+    assert (len(ranges.wide_chunks) > 1) == (cells < 1000)
     found = warmup_kl_triton.warmup_kl(_with_lse(attention, ranges), *index, ranges, weight, shapes=SMALL)
     for name, ours, true in zip(
         ("kl", "dq", "dk", "dw"), found, _definition(attention, index, weight, LENGTHS), strict=True

@@ -226,7 +226,7 @@ def test_warmup_loss_has_the_same_bits_always_alone_and_in_other_chunks(
     attention = _with_lse(attention, packed(lengths, "cuda"))
     _always_the_same(lambda: warmup_kl(attention, q, k, w, packed(lengths, "cuda"), weight), repeats=50)
     together = warmup_kl(attention, q, k, w, packed(lengths, "cuda"), weight)
-    monkeypatch.setattr(index_topk_triton, "CHUNK_BYTES", 3 << 20)
+    monkeypatch.setattr(index_topk_triton, "WIDE_CHUNK_BYTES", 3 << 20)
     chunked = warmup_kl(attention, q, k, w, packed(lengths, "cuda"), weight)
     row = slice(3000, 3001)
     ranges = key_ranges(torch.tensor([0]), torch.tensor([2300]), "cuda")
