@@ -17,8 +17,10 @@ class Lanes:
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
-        self._main = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._streams = [torch.cuda.Stream(device) for _ in range(count)] if self._main is not None else []
+        self._streams: list[torch.cuda.Stream] = []
+        if device.type == "cuda":
+            self._main = torch.cuda.current_stream(device)
+            self._streams = [torch.cuda.Stream(device) for _ in range(count)]
         for stream in self._streams:
             stream.wait_stream(self._main)
 
@@ -34,5 +36,4 @@ class Lanes:
     def join(self) -> None:
         """The current stream goes on when every lane is done."""
         for stream in self._streams:
-            assert self._main is not None
             self._main.wait_stream(stream)

@@ -129,7 +129,7 @@ def attend(
     if kept_BQK.dtype != torch.int32:
         raise ValueError(f"kept is {kept_BQK.dtype}, not int32")
     if tiles is None:
-        tiles = FEW_HEADS if H <= FEW_HEADS.heads else MANY
+        tiles = FEW_HEADS if FEW_HEADS.heads >= H else MANY
     if part < tiles.keys or part & (part - 1):
         raise ValueError(f"part={part} is not a power of two of at least {tiles.keys}")
     N, BH, parts = B * Q, min(tiles.heads, block(H)), triton.cdiv(K, part)

@@ -8,8 +8,8 @@ heads in registers. In fast mode it is added to memory atomically, in fp32; in d
 down in the inputs' dtype, and `_sum_kernel` adds the rows of each entry up in the order of the queries, in fp32.
 P and dS pass through memory in the inputs' dtype, the type in which they enter the products anyway.
 
-Adding to memory is bound by the L2 cache, the products by the tensor cores: two streams let the one hide behind
-the other. Definition: reference.sparse_mla. Next: README.md.
+Adding to memory is bound by the L2 cache, the products by the tensor cores: in fast mode two chunks of queries are
+under way, so that the one hides behind the other. Definition: reference.sparse_mla. Next: README.md.
 
 Shape letters as in sparse_mla_triton.py; n queries of a chunk.
 """
@@ -22,12 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import sparse_mla_backward_gluon as gluon
+from posttrain.kernels.lanes import Lanes
 from posttrain.kernels.product_triton import dot, interpreted
-from posttrain.kernels.side_stream import SideStream
 from posttrain.kernels.sparse_mla_triton import LOG2E, block, check, fits_gluon, kept, last_kept
 
-WORKSPACE_BYTES = 512 << 20
-"""P and dS of one chunk of queries (there are two such buffers); also the rows of the deterministic mode."""
+WORKSPACE_BYTES = 1 << 30
+"""P and dS of the chunks of queries under way; in deterministic mode the rows of one chunk."""
+LANES = 2
+"""Chunks under way at the same time; in deterministic mode one, since their sums have an order."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,27 @@ def _sum_kernel(
         tl.store(dkv + R + p, tl.load(dkv + R + p, mask=p < P, other=0.0) + tl.sum(rotary, 0), mask=p < P)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What all chunks of one backward pass share."""
+
+    q_NHE: Tensor
+    entries_SE: Tensor
+    slots_NK: Tensor
+    do_NHR: Tensor
+    lse_NH: Tensor
+    delta_NH: Tensor
+    scale: float
+    launch: Launch
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes as kernels take them."""
+        H, E = self.q_NHE.shape[1:]
+        R = self.do_NHR.shape[-1]
+        return {"H": H, "R": R, "P": E - R, "K": self.slots_NK.shape[1]}
+
+
 def backward(
     q_NHE: Tensor,
     entries_SE: Tensor,
@@ -224,91 +247,91 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dQ [N, H, E] in q's dtype, dKV fp32 [S, E], and with_target the head-mean probabilities fp32 [N, K].
 
-    dQ and the target are always the same bits; dKV is with deterministic.
+    dQ and the target are always the same bits; dKV is with deterministic. Raises ValueError as forward() does.
     """
     R = o_NHR.shape[-1]
     N, H, E = check(q_NHE, entries_SE, slots_NK, R)
     K, S = slots_NK.shape[1], len(entries_SE)
-    BH, KB = min(launch.pairs.heads, block(H)), triton.next_power_of_2(K)
-    G = triton.cdiv(H, BH)
     delta_NH = q_NHE.new_empty(N, H, dtype=torch.float32)
     dq_NHE = torch.empty_like(q_NHE)
+    G = triton.cdiv(H, min(launch.pairs.heads, block(H)))
     target_NGK = q_NHE.new_empty((N, G, K) if with_target else (1,), dtype=torch.float32)
-    dkv_SE = q_NHE.new_zeros(entries_SE.shape, dtype=torch.float32)
-    wide = max(2 * H, E) if deterministic else 2 * H
-    rows = max(1, min(N, WORKSPACE_BYTES // (q_NHE.element_size() * K * wide)))
-    works = [q_NHE.new_empty(rows, K, 2 * H) for _ in range(2)]
+    count = 1 if deterministic else LANES
+    bytes_per_query = q_NHE.element_size() * K * (E if deterministic else 2 * H * count)
+    rows = max(1, min(N, WORKSPACE_BYTES // bytes_per_query))
+    works = [q_NHE.new_empty(rows, K, 2 * H) for _ in range(min(count, triton.cdiv(N, rows)))]
+    dkv_SE = q_NHE.new_zeros(S, E, dtype=torch.float32)
     if N:
         _delta_kernel[(triton.cdiv(N * H, 16),)](o_NHR, do_NHR, delta_NH, N * H, R=R, BR=block(R), ROWS=16)
-    side = SideStream(q_NHE.device)
+    this = _Pass(q_NHE, entries_SE, slots_NK, do_NHR, lse_NH, delta_NH, scale, launch)
+    lanes = Lanes(q_NHE.device, len(works))
     for chunk, first in enumerate(range(0, N, rows)):
-        count, work_nK2H = min(rows, N - first), works[chunk % 2]
-        side.wait_for_buffer(chunk % 2)
-        t = launch.pairs
-        _pairs_kernel[(count * G * triton.cdiv(K, t.keys),)](
-            q_NHE, entries_SE, slots_NK, do_NHR, lse_NH, delta_NH, work_nK2H, target_NGK, scale, S, first,
-            H=H, R=R, P=E - R, K=K, BH=BH, BD=t.columns, BK=t.keys, G=G, TARGET=with_target,
-            INTERPRET=interpreted(), STAGES=t.stages, num_warps=t.warps,
-        )  # fmt: skip
-        with side.follow(chunk % 2):
-            add = _add_in_order if deterministic else _add_atomically
-            add(q_NHE, slots_NK, do_NHR, work_nK2H[:count], dkv_SE, first, launch.dkv)
-        t = launch.dq
-        columns = min(t.columns, block(E))
-        _dq_kernel[(count * triton.cdiv(E, columns),)](
-            entries_SE, slots_NK, work_nK2H, dq_NHE, S, first,
-            H=H, E=E, K=K, KB=KB, BH=block(H), BC=columns, BK=t.keys,
-            INTERPRET=interpreted(), STAGES=t.stages, num_warps=t.warps,
-        )  # fmt: skip
-    side.join()
+        work_nK2H = works[chunk % len(works)][: N - first]
+        with lanes.lane(chunk % len(works)):
+            _pairs(this, work_nK2H, target_NGK, first, with_target=with_target)
+            if deterministic:
+                _add_in_order(this, work_nK2H, dkv_SE, first)
+            else:
+                _dkv(this, work_nK2H, dkv_SE, first, rows=False)
+            _dq(this, work_nK2H, dq_NHE, first)
+    lanes.join()
     return dq_NHE, dkv_SE, target_NGK.sum(1) / H if with_target else None
 
 
-def _add_atomically(
-    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles | None
-) -> None:
-    _dkv(q_NHE, slots_NK, do_NHR, work_nK2H, dkv_SE, dkv_SE, first, t)
+def _pairs(this: _Pass, work_nK2H: Tensor, target_NGK: Tensor, first: int, *, with_target: bool) -> None:
+    t, shape = this.launch.pairs, this.shape
+    BH = min(t.heads, block(shape["H"]))
+    G = triton.cdiv(shape["H"], BH)
+    _pairs_kernel[(len(work_nK2H) * G * triton.cdiv(shape["K"], t.keys),)](
+        this.q_NHE, this.entries_SE, this.slots_NK, this.do_NHR, this.lse_NH, this.delta_NH,
+        work_nK2H, target_NGK, this.scale, len(this.entries_SE), first,
+        **shape, BH=BH, BD=t.columns, BK=t.keys, G=G, TARGET=with_target,
+        INTERPRET=interpreted(), STAGES=t.stages, num_warps=t.warps,
+    )  # fmt: skip
 
 
-def _add_in_order(
-    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles | None
-) -> None:
-    """Write the rows of the chunk, sort them by entry (stable: by query within an entry), sum."""
-    n, K, _ = work_nK2H.shape
-    S, E = dkv_SE.shape
-    rows_LE = q_NHE.new_empty(n * K, E)
-    _dkv(q_NHE, slots_NK, do_NHR, work_nK2H, rows_LE, dkv_SE, first, t)
-    slots_L = slots_NK[first : first + n].reshape(-1)
-    slots_L = torch.where((slots_L >= 0) & (slots_L < S), slots_L, S)
-    sorted_L, order_L = slots_L.sort(stable=True)
-    starts = torch.searchsorted(sorted_L, torch.arange(S + 1, dtype=torch.int32, device=slots_L.device))
-    R = do_NHR.shape[-1]
-    _sum_kernel[(S,)](
-        rows_LE, order_L, starts, dkv_SE, R=R, P=E - R, BR=block(R), BP=block(E - R), BI=8, num_warps=4
-    )
+def _dq(this: _Pass, work_nK2H: Tensor, dq_NHE: Tensor, first: int) -> None:
+    t = this.launch.dq
+    _, H, E = dq_NHE.shape
+    K = this.slots_NK.shape[1]
+    columns = min(t.columns, block(E))
+    _dq_kernel[(len(work_nK2H) * triton.cdiv(E, columns),)](
+        this.entries_SE, this.slots_NK, work_nK2H, dq_NHE, len(this.entries_SE), first,
+        H=H, E=E, K=K, KB=triton.next_power_of_2(K), BH=block(H), BC=columns, BK=t.keys,
+        INTERPRET=interpreted(), STAGES=t.stages, num_warps=t.warps,
+    )  # fmt: skip
 
 
-def _dkv(
-    q_NHE: Tensor, slots_NK: Tensor, do_NHR: Tensor, work_nK2H: Tensor, target: Tensor, dkv_SE: Tensor,
-    first: int, t: Tiles | None,
-) -> None:  # fmt: skip
-    n, K, _ = work_nK2H.shape
-    H, R = do_NHR.shape[1:]
-    S, E = dkv_SE.shape
-    shape = {"H": H, "R": R, "P": E - R, "K": K, "ROWS": target is not dkv_SE}
-    KB = triton.next_power_of_2(K)
-    for value, size in ((True, R), (False, E - R)):
-        args = (q_NHE, slots_NK, do_NHR, work_nK2H, target, S, first)
-        if t is None and fits_gluon(q_NHE, R, E - R):
+def _dkv(this: _Pass, work_nK2H: Tensor, target: Tensor, first: int, *, rows: bool) -> None:
+    """Add to the entries' gradients fp32 [S, E], or write the rows [n K, E]."""
+    t, shape = this.launch.dkv, this.shape
+    KB = triton.next_power_of_2(shape["K"])
+    args = (this.q_NHE, this.slots_NK, this.do_NHR, work_nK2H, target, len(this.entries_SE), first)
+    for value, size in ((True, shape["R"]), (False, shape["P"])):
+        if t is None and fits_gluon(this.q_NHE, shape["R"], shape["P"]):
             columns = min(gluon.COLUMNS, size)
-            gluon.dkv_kernel[(n * (size // columns),)](
-                *args, **shape, KB=max(KB, 32 * gluon.WARPS), BC=columns, BK=gluon.KEYS, VALUE=value,
-                num_warps=gluon.WARPS,
+            gluon.dkv_kernel[(len(work_nK2H) * (size // columns),)](
+                *args, **shape, KB=max(KB, 32 * gluon.WARPS), BC=columns, BK=gluon.KEYS,
+                VALUE=value, ROWS=rows, num_warps=gluon.WARPS,
             )  # fmt: skip
             continue
         tiles = t or DKV
         columns = min(tiles.columns, block(size))
-        _dkv_kernel[(n * triton.cdiv(size, columns),)](
-            *args, **shape, KB=KB, BH=block(H), BC=columns, BK=tiles.keys, VALUE=value,
+        _dkv_kernel[(len(work_nK2H) * triton.cdiv(size, columns),)](
+            *args, **shape, KB=KB, BH=block(shape["H"]), BC=columns, BK=tiles.keys, VALUE=value, ROWS=rows,
             INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
+
+
+def _add_in_order(this: _Pass, work_nK2H: Tensor, dkv_SE: Tensor, first: int) -> None:
+    """Write the rows of the chunk, sort them by entry (stable: by query within an entry), sum."""
+    n, K, _ = work_nK2H.shape
+    S, E = dkv_SE.shape
+    rows_LE = this.q_NHE.new_empty(n * K, E)
+    _dkv(this, work_nK2H, rows_LE, first, rows=True)
+    slots_L = this.slots_NK[first : first + n].reshape(-1)
+    slots_L = torch.where((slots_L >= 0) & (slots_L < S), slots_L, S)
+    sorted_L, order_L = slots_L.sort(stable=True)
+    starts = torch.searchsorted(sorted_L, torch.arange(S + 1, dtype=torch.int32, device=slots_L.device))
+    R, P = this.shape["R"], this.shape["P"]
+    _sum_kernel[(S,)](rows_LE, order_L, starts, dkv_SE, R=R, P=P, BR=block(R), BP=block(P), BI=8, num_warps=4)

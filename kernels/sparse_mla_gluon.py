@@ -94,7 +94,9 @@ def _consumer(
         valid = row_slots(slots_row, tile * BK, num_slots, -1, K, BK, columns) >= 0
         mbarrier.wait(full.index(buffer), tile // 2 % 2)
         fence_async_shared()
-        logits = warpgroup_mma(q_smem, k_smem.index(buffer).permute((1, 0)), zero, use_acc=False, is_async=True)
+        logits = warpgroup_mma(
+            q_smem, k_smem.index(buffer).permute((1, 0)), zero, use_acc=False, is_async=True
+        )
         logits = warpgroup_mma(q_rot_smem, k_rot_smem.index(buffer).permute((1, 0)), logits, is_async=True)
         logits = warpgroup_mma_wait(0, deps=[logits])
         logits = gl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
@@ -113,6 +115,25 @@ def _consumer(
         mbarrier.arrive(empty.index(buffer), count=1)
 
     return acc, total, m
+
+
+@gluon.jit
+def _finish(
+    acc, total, m, o_row, lse_row,
+    R: gl.constexpr, BH: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Divide and store; o_row and lse_row are those of the first head."""
+    sums = gl.sum(total, 1)
+    any_key = sums > 0
+    safe = gl.where(any_key, sums, 1.0)
+    lse = gl.where(any_key, (m + gl.log2(safe)) / LOG2E, float("-inf"))
+    gl.store(lse_row + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout)), lse)
+    factor = gl.convert_layout(gl.where(any_key, 1.0 / safe, 0.0), gl.SliceLayout(1, o_layout))
+    wide: gl.constexpr = row_layout(R, 8, gl.num_warps())
+    out = gl.convert_layout((acc * factor[:, None]).to(o_row.dtype.element_ty), wide)
+    h = gl.arange(0, BH, layout=gl.SliceLayout(1, wide))
+    r = gl.arange(0, R, layout=gl.SliceLayout(0, wide))
+    gl.store(o_row + h[:, None] * R + r[None, :], out)
 
 
 @gluon.jit
@@ -172,14 +193,4 @@ def forward_kernel(
         [PRODUCER_WARPS],
         [40],
     )  # fmt: skip
-
-    sums = gl.sum(total, 1)
-    any_key = sums > 0
-    safe = gl.where(any_key, sums, 1.0)
-    lse = gl.where(any_key, (m + gl.log2(safe)) / LOG2E, float("-inf"))
-    gl.store(lse_ptr + row * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout)), lse)
-    factor = gl.convert_layout(gl.where(any_key, 1.0 / safe, 0.0), gl.SliceLayout(1, o_layout))
-    wide: gl.constexpr = row_layout(R, 8, gl.num_warps())
-    out = gl.convert_layout((acc * factor[:, None]).to(dtype), wide)
-    r = gl.arange(0, R, layout=gl.SliceLayout(0, wide))
-    gl.store(o_ptr + (row * H + heads_wide[:, None]) * R + r[None, :], out)
+    _finish(acc, total, m, o_ptr + (row * H + head) * R, lse_ptr + row * H + head, R, BH, s_layout, o_layout)

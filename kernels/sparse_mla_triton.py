@@ -171,9 +171,9 @@ def forward(
         )  # fmt: skip
         return o_NHR, lse_NH
     if tiles is None:
-        tiles = FEW if H <= FEW.heads else MANY
+        tiles = FEW if FEW.heads >= H else MANY
     BH = min(tiles.heads, block(H))
-    kernel = _forward_few_kernel if BH <= FEW.heads else _forward_kernel
+    kernel = _forward_few_kernel if FEW.heads >= BH else _forward_kernel
     kernel[(N * triton.cdiv(H, BH),)](
         *args, H=H, R=value_size, P=P, K=K, BH=BH, BR=block(value_size), BP=block(P), BK=tiles.keys,
         KB=KB, G=triton.cdiv(H, BH), INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,

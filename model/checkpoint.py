@@ -41,7 +41,7 @@ def load(
             "A dense MLA checkpoint becomes one in a convert stage"
         )
     with quiet():
-        model = DeepseekV32ForCausalLM.from_pretrained(str(path), dtype=dtype)
+        model = DeepseekV32ForCausalLM.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
     return model.to(device)  # type: ignore[no-any-return, arg-type]  # transformers' untyped signature
 
 
@@ -65,7 +65,7 @@ def load_dense(
     The indexers it has no weights for are untrained and must not be used.
     """
     with quiet():
-        source = DeepseekV3ForCausalLM.from_pretrained(str(path), dtype=dtype)
+        source = DeepseekV3ForCausalLM.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
         fields = {name: getattr(source.config, name) for name in SHARED_FIELDS}
         config = DeepseekV32Config(
             **fields, index_n_heads=1, index_head_dim=source.config.qk_rope_head_dim, index_topk=1

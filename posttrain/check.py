@@ -8,17 +8,14 @@ module is looked for. Next: pipeline.py.
 import importlib
 import importlib.util
 import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from posttrain import config
 from posttrain.config import Domain, Pretrain, Reward, Run
-from posttrain.rewards.base import load_reward
-from posttrain.schema import Rollout, Task
+from posttrain.rewards.base import Verdict, judge, load_reward, reference_rollout
+from posttrain.schema import Task
 from posttrain.table import columns
 from posttrain.tasks import load_tasks
 from posttrain.units import check_outside, expand
@@ -131,21 +128,19 @@ def _domain(domain: Domain, *, seed: int) -> list[RewardLine]:
 
 
 def _try(reward: Reward, task: Task, *, use: str) -> RewardLine:
-    """Call a reward on a group of two answers."""
+    """Call a reward on a group of two answers: nothing, and the reference."""
     function = load_reward(reward.fn, reward.args)
-    answers = [""] if task.answer is None else ["", task.answer]
-    try:
-        scores = function(task, [_rollout(task, i, text) for i, text in enumerate(answers)])
-    except Exception as error:  # the user's code: whatever it raises, the recipe is not fit to run
-        raise ValueError(
-            f"reward {reward.fn!r} raised {type(error).__name__}: {error} "
-            f"(on task {task.id!r}, answers {answers})"
-        ) from error
-    if not isinstance(scores, list) or len(scores) != len(answers) or not all(map(_is_score, scores)):
-        raise ValueError(
-            f"reward {reward.fn!r} returned {scores!r} for {len(answers)} rollouts of task "
-            f"{task.id!r}; it must return a list with one finite number, or None, per rollout"
-        )
+    nothing = replace(reference_rollout(task), text="", messages=({"role": "assistant", "content": ""},))
+    rollouts = [nothing] if task.answer is None else [nothing, reference_rollout(task, 1)]
+    found: dict[int, Verdict] = {}
+    judge(function, task, rollouts, found.__setitem__)
+    for i, rollout in enumerate(rollouts):
+        if found[i].kind != "judged":
+            raise ValueError(
+                f"reward {reward.fn!r} {found[i].why} (on task {task.id!r}, answer {rollout.text!r}); "
+                "it must give one finite number, or None, per rollout"
+            )
+    scores = [found[i].value for i in range(len(rollouts))]
     return RewardLine(
         domain=task.domain,
         fn=reward.fn,
@@ -153,22 +148,6 @@ def _try(reward: Reward, task: Task, *, use: str) -> RewardLine:
         empty=scores[0],
         reference=scores[1] if len(scores) > 1 else None,
     )
-
-
-def _rollout(task: Task, index: int, text: str) -> Rollout:
-    return Rollout(
-        task_id=task.id,
-        index=index,
-        tokens=np.zeros(1, np.int32),
-        sampled=np.zeros(1, np.bool_),
-        logprobs=np.zeros(1, np.float32),
-        text=text,
-        messages=({"role": "assistant", "content": text},),
-    )
-
-
-def _is_score(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def _load(path: str, what: str) -> Callable[..., Any]:

@@ -26,8 +26,13 @@ class Reward(Model):
 
     fn: str
     """Import path `package.module:function`."""
+    name: str = ""
+    """What its part of the score is called; empty: the function's name."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Seconds it may take for one rollout (a group, if it judges groups); then it is killed, and the rollout
+    scores 0 if the reward can judge the reference answer."""
     args: dict[str, Any] = {}
     """If given, the target is called with these keywords and returns the reward function."""
 
@@ -234,6 +239,8 @@ class Rl(_Stage):
     balance_speed: float = Field(0.0, ge=0)
     min_signal: float = Field(0.05, ge=0, le=1)
     """Warn when fewer than this share of the groups has two different rewards."""
+    max_unscorable: float = Field(0.5, ge=0, le=1)
+    """Fail when more than this share of a step's completions cannot be scored: a reward is broken."""
 
 
 class Distill(_Stage):
@@ -290,6 +297,8 @@ class Cluster(Model):
     """Gradients of a step are the same bits every time; on a GPU this costs speed (kernels/README.md)."""
     threads: int = Field(0, ge=0)
     """torch threads per actor; 0 = as many as there are idle cores when the run starts."""
+    reward_workers: int = Field(0, ge=0)
+    """Processes that rewards run in; 0 = one per core, at most 8. More help where rewards wait for a judge."""
     step_timeout_s: float = Field(1800, gt=0)
     """Longest wait for any one answer of an actor."""
     max_actor_restarts: int = Field(3, ge=0)

@@ -4,14 +4,16 @@ Next: generation.py for rollouts of these tasks, data.py for language-model samp
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from posttrain import config
-from posttrain.rewards.base import Scorer, load_object
+from posttrain.rewards.base import load_object
+from posttrain.rewards.scorer import Scorer, score_all
+from posttrain.rewards.workers import shared_workers
 from posttrain.rollouts.request import Tool
-from posttrain.schema import Message, Rollout, Score, Task
+from posttrain.schema import Group, Message, Task
 from posttrain.tasks import Split, load_split
 
 Demonstrate = Callable[[Task, Random], list[Message]]
@@ -38,10 +40,10 @@ class Domain:
         """The held-out tasks that every checkpoint is measured on."""
         return self.split.heldout[: self.cfg.num_eval]
 
-    def passed(self, task: Task, rollouts: Iterable[Rollout]) -> list[bool | None]:
-        """Whether each rollout counts as solved; None = cannot be said."""
-        scores: tuple[Score, ...] = self.passes.score(task, tuple(rollouts))
-        return [self.passes.passed(score) for score in scores]
+    def passed(self, groups: Sequence[Group]) -> list[list[bool | None]]:
+        """For each group, whether each rollout counts as solved; None = cannot be said."""
+        scores = score_all([(self.passes, group.task, group.rollouts) for group in groups])
+        return [[self.passes.passed(score) for score in of_group] for of_group in scores]
 
 
 def open_domains(cfg: config.Run, names: Iterable[str] | None = None) -> dict[str, Domain]:
@@ -51,21 +53,22 @@ def open_domains(cfg: config.Run, names: Iterable[str] | None = None) -> dict[st
     """
     wanted = None if names is None else set(names)
     return {
-        domain.name: _open(domain.model_dump_json(), cfg.seed)
+        domain.name: _open(domain.model_dump_json(), cfg.seed, cfg.cluster.reward_workers)
         for domain in cfg.domains
         if wanted is None or domain.name in wanted
     }
 
 
 @functools.cache  # the stages of a run share it: making 40,000 tasks takes seconds
-def _open(domain_json: str, seed: int) -> Domain:
+def _open(domain_json: str, seed: int, reward_workers: int) -> Domain:
     cfg = config.Domain.model_validate_json(domain_json)
+    workers = shared_workers(reward_workers)
     where = f"domain {cfg.name!r}"
     return Domain(
         cfg=cfg,
         split=load_split(cfg, seed),
-        rewards=Scorer(cfg.rewards),
-        passes=Scorer(cfg.passes or cfg.rewards),
+        rewards=Scorer(cfg.rewards, workers),
+        passes=Scorer(cfg.passes or cfg.rewards, workers),
         tool=load_object(cfg.tool, f"{where}: tool") if cfg.tool else None,
         demonstrate=load_object(cfg.demonstrate, f"{where}: demonstrate") if cfg.demonstrate else None,
     )

@@ -116,5 +116,9 @@ def _epochs(domain: Domain, seed: int) -> Iterator[tuple[Domain, Task, int]]:
     rng = Random(f"{seed}/{domain.name}")
     tasks = domain.split.train
     for epoch in itertools.count():
+        quarantined = domain.rewards.quarantined
+        if len(quarantined) >= len(tasks):
+            raise ValueError(f"domain {domain.name!r}: every task is quarantined: {quarantined.popitem()[1]}")
         for task in rng.sample(tasks, len(tasks)):
-            yield domain, task, epoch
+            if task.id not in quarantined:
+                yield domain, task, epoch

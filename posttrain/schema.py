@@ -7,7 +7,7 @@ Shape letters: L tokens of one sequence, T tokens of a packed batch, S sequences
 K kept cache entries per query, N layers, E experts per token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,10 +92,13 @@ class Score:
     parts: dict[str, float | None] = field(default_factory=dict)
     """Each reward function's own number, by name."""
     note: str = ""
+    """Why a part is None or 0, where a reward did not simply say so."""
+    blamed: bool = False
+    """Whether a part is 0 because the candidate's text broke or outlasted its reward."""
 
 
-RewardFn = Callable[[Task, Sequence[Rollout]], list[float | None]]
-"""A reward sees a task and all rollouts of its group and returns one number, or None, per rollout."""
+RewardFn = Callable[[Task, Sequence[Rollout]], list[Any] | Awaitable[list[Any]]]
+"""A reward sees a task and all rollouts of its group and returns one number, None or rewards.base.Mark per rollout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

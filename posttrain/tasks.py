@@ -61,7 +61,7 @@ def load_split(domain: Domain, seed: int) -> Split:
 def load_tasks(uri: str, *, domain: str, seed: int, where: str | None = None) -> Iterator[Task]:
     """The tasks of a source, one at a time, duplicates included.
 
-    uri: a .jsonl or .parquet file; rg://dataset?size=..&option=.. (reasoning-gym);
+    uri: a .jsonl or .parquet file; rg://dataset?size=..&level=..&option=.. (reasoning-gym, level 0 is easy);
     hf://name?split=..&config=..&revision=..&question=..&answer=.. (a hub set or a local folder);
     py://module:function?n=.. (called with seed and the options). where: import path of a predicate.
     Raises ValueError that names the file and line of whatever cannot be read.
@@ -140,11 +140,9 @@ def _gym(uri: str, domain: str, seed: int) -> Iterator[Task]:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError(f"tasks {uri!r}: reasoning-gym is missing; pip install 'posttrain[tasks]'")
     gym.check_allowed(name)
-    from reasoning_gym import create_dataset  # heavy: only here
-
-    options = {key: _value(text) for key, text in parse_qsl(parts.query)}
+    options = {"seed": seed, **{key: _value(text) for key, text in parse_qsl(parts.query)}}
     try:
-        entries: Iterable[Any] = create_dataset(name, **{"seed": seed, **options})
+        entries: Iterable[Any] = _gym_dataset(name, options)
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"tasks {uri!r}: {error}") from None
     for entry in entries:
@@ -156,6 +154,20 @@ def _gym(uri: str, domain: str, seed: int) -> Iterator[Task]:
             answer=None if entry["answer"] is None else str(entry["answer"]),
             meta={"dataset": name, "entry": entry},
         )
+
+
+def _gym_dataset(name: str, options: dict[str, Any]) -> Iterable[Any]:
+    from reasoning_gym.factory import CURRICULA, create_curriculum, create_dataset  # heavy: only here
+
+    level = options.pop("level", None)
+    if level is not None:
+        if name not in CURRICULA:
+            raise ValueError("this dataset has no level; set its own options")
+        curriculum = create_curriculum(name)
+        curriculum.set_global_level(int(level))
+        options = {**vars(curriculum.generate_configuration({})), **options}
+    found: Iterable[Any] = create_dataset(name, **options)
+    return found
 
 
 def _python(uri: str, seed: int) -> Iterator[Task]:

@@ -1,21 +1,42 @@
-"""Rewards are functions named by import path: load them, wrap them, add them up.
+"""Rewards are functions named by import path: load them, wrap them, call them.
 
-A reward sees a task and all rollouts of its group and returns one number, or None, per rollout. None
-means "cannot be judged, through no fault of the candidate" and is never read as 0; what the candidate's
-own text breaks scores 0. No registry: the import path is the name. Next: answer.py.
+A reward sees a task and all rollouts of its group and returns one number, or None, per rollout; it may be
+async. None means "cannot be judged, through no fault of the candidate" and is never read as 0. No
+registry: the import path is the name. Next: scorer.py, which decides what a failure means; answer.py.
 """
 
+import asyncio
 import functools
 import importlib
+import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
-from posttrain.config import Reward
-from posttrain.schema import RewardFn, Rollout, Score, Task
+import numpy as np
 
-_PASSED = 1.0 - 1e-6
+from posttrain.rewards.sandbox import SandboxMissing
+from posttrain.schema import RewardFn, Rollout, Task
+
+Kind = Literal["judged", "failed", "died", "unscorable", "blamed"]
+"""judged: a number, or None on purpose. failed: an exception, no finite number, no answer in time. died: the
+worker's process did. unscorable: the reward said so, or returned what no reward may return. blamed: 0 for a
+failure that was the candidate's doing (see scorer.py)."""
+
+
+class Unscorable(Exception):
+    """Raise it in a reward where the candidate is not to blame: a judge that cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one call of a reward says about one rollout."""
+
+    value: float | None
+    kind: Kind = "judged"
+    why: str = ""
 
 
 def load_object(path: str, what: str) -> Any:
@@ -46,45 +67,101 @@ def load_reward(path: str, args: Mapping[str, Any] | None = None) -> RewardFn:
     return function
 
 
-def per_rollout(function: Callable[[Task, Rollout], float | None]) -> RewardFn:
-    """Make a reward of a function that judges one rollout at a time."""
-
-    @functools.wraps(function)
-    def over_group(task: Task, rollouts: Sequence[Rollout]) -> list[float | None]:
-        return [function(task, rollout) for rollout in rollouts]
-
-    return over_group
+AnyReward = TypeVar("AnyReward", bound=Callable[..., Any])
 
 
-class Scorer:
-    """The rewards of a domain: parts by name and their weighted sum."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a reward may return in place of a number: the number with a note, kept with the rollout."""
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
-        """Load every function; raises ValueError as load_reward does."""
-        names = [reward.fn.partition(":")[2] for reward in rewards]
-        self._rewards = [
-            (reward.fn if names.count(name) > 1 else name, reward.weight, load_reward(reward.fn, reward.args))
-            for name, reward in zip(names, rewards, strict=True)
-        ]
+    value: float | None
+    note: str = ""
 
-    def score(self, task: Task, rollouts: Sequence[Rollout]) -> tuple[Score, ...]:
-        """One score per rollout; its value is None if any part is."""
-        parts: dict[str, list[float | None]] = {}
-        notes: list[str] = []
-        for name, _, function in self._rewards:
-            parts[name], note = _call(name, function, task, rollouts)
-            notes += [note] if note else []
-        weights = {name: weight for name, weight, _ in self._rewards}
-        return tuple(
-            _sum({name: values[i] for name, values in parts.items()}, weights, "; ".join(notes))
-            for i in range(len(rollouts))
-        )
 
-    def passed(self, score: Score) -> bool | None:
-        """Whether every part gives full marks (1); None if the score is None."""
-        if score.value is None:
-            return None
-        return all(part is not None and part >= _PASSED for part in score.parts.values())
+OneResult = float | Mark | None
+OneFn = Callable[[Task, Rollout], OneResult | Awaitable[OneResult]]
+
+
+class PerRollout:
+    """A reward made of a function that judges one rollout at a time."""
+
+    def __init__(self, one: OneFn) -> None:
+        self.one = one
+        functools.update_wrapper(self, one)
+
+    def __call__(self, task: Task, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Judge a group; raises whatever the function raises."""
+        found = [_wait_for(self.one(task, rollout)) for rollout in rollouts]
+        return [one.value if isinstance(one, Mark) else one for one in found]
+
+
+def per_rollout(function: OneFn) -> PerRollout:
+    """Make a reward of a function, or async function, that judges one rollout at a time.
+
+    One rollout that breaks or outlasts it leaves its neighbours' scores alone.
+    """
+    return PerRollout(function)
+
+
+def bounded_if(promise: Callable[[Task], bool]) -> Callable[[AnyReward], AnyReward]:
+    """Vouch for a reward on some tasks: little time and memory on any text, so that it runs where it is called.
+
+    All others run in worker processes that are killed at their deadline.
+    """
+
+    def vouch(reward: AnyReward) -> AnyReward:
+        reward.is_bounded = promise  # type: ignore[attr-defined]
+        return reward
+
+    return vouch
+
+
+def bounded(reward: AnyReward) -> AnyReward:
+    """Vouch for a reward on every task."""
+    return bounded_if(_always)(reward)
+
+
+def is_bounded(reward: RewardFn, task: Task | None) -> bool:
+    """Whether the reward's author has vouched for it on this task (None: on every one)."""
+    promise = getattr(reward, "is_bounded", None)
+    return promise is _always or (promise is not None and task is not None and promise(task))
+
+
+def _always(task: Task) -> bool:
+    return True
+
+
+def judge(
+    reward: RewardFn, task: Task, rollouts: Sequence[Rollout], emit: Callable[[int, Verdict], None]
+) -> None:
+    """Call a reward and emit a verdict per rollout, as soon as it is known. Raises nothing of the reward's."""
+    if not isinstance(reward, PerRollout):
+        for i, verdict in enumerate(_of_group(reward, task, rollouts)):
+            emit(i, verdict)
+    elif is_async(reward):
+        asyncio.run(_all_at_once(reward, task, rollouts, emit))
+    else:
+        for i, rollout in enumerate(rollouts):
+            emit(i, _of_one(reward, task, rollout))
+
+
+def is_async(reward: RewardFn) -> bool:
+    """Whether a per-rollout reward judges its rollouts at the same time."""
+    return isinstance(reward, PerRollout) and inspect.iscoroutinefunction(reward.one)
+
+
+def reference_rollout(task: Task, index: int = 0) -> Rollout:
+    """The task's reference answer (or nothing, where it has none) as if the policy had written it."""
+    text = task.answer or ""
+    return Rollout(
+        task_id=task.id,
+        index=index,
+        tokens=np.zeros(1, np.int32),
+        sampled=np.ones(1, np.bool_),
+        logprobs=np.zeros(1, np.float32),
+        text=text,
+        messages=({"role": "assistant", "content": text},),
+    )
 
 
 def final_answer(text: str) -> str:
@@ -110,31 +187,61 @@ def _braces(text: str, start: int) -> str:
     return ""
 
 
-def _call(
-    name: str, function: RewardFn, task: Task, rollouts: Sequence[Rollout]
-) -> tuple[list[float | None], str]:
-    """The numbers of one reward, or Nones and why. A user's code: whatever it raises ends here."""
-    nothing: list[float | None] = [None] * len(rollouts)
+def _of_group(reward: RewardFn, task: Task, rollouts: Sequence[Rollout]) -> list[Verdict]:
     try:
-        values = function(task, rollouts)
-    except Exception as error:
-        return nothing, f"{name} raised {type(error).__name__}: {error} (task {task.id})"
+        values: Any = _wait_for(reward(task, rollouts))
+    except Exception as error:  # a user's code: whatever it raises ends here
+        return [_raised(error)] * len(rollouts)
     if not isinstance(values, list) or len(values) != len(rollouts):
-        return nothing, f"{name} returned no list of {len(rollouts)} numbers (task {task.id})"
-    checked = [_number(value) for value in values]
-    bad = [value for value, kept in zip(values, checked, strict=True) if value is not None and kept is None]
-    return checked, f"{name} returned {bad[0]!r} (task {task.id})" if bad else ""
+        wrong = Verdict(None, "unscorable", f"returned no list of {len(rollouts)} numbers")
+        return [wrong] * len(rollouts)
+    return [_checked(value) for value in values]
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return None
+def _of_one(reward: PerRollout, task: Task, rollout: Rollout) -> Verdict:
+    try:
+        return _checked(_wait_for(reward.one(task, rollout)))
+    except Exception as error:
+        return _raised(error)
 
 
-def _sum(parts: dict[str, float | None], weights: Mapping[str, float], note: str) -> Score:
-    known = {name: part for name, part in parts.items() if part is not None}
-    if len(known) < len(parts):
-        missing = ", ".join(name for name in parts if name not in known)
-        return Score(value=None, parts=parts, note=note or f"{missing} gave no score")
-    return Score(value=sum(weights[name] * part for name, part in known.items()), parts=parts, note=note)
+async def _all_at_once(
+    reward: PerRollout, task: Task, rollouts: Sequence[Rollout], emit: Callable[[int, Verdict], None]
+) -> None:
+    async def one(i: int, rollout: Rollout) -> None:
+        try:
+            value = await reward.one(task, rollout)  # type: ignore[misc]
+        except Exception as error:
+            emit(i, _raised(error))
+        else:
+            emit(i, _checked(value))
+
+    await asyncio.gather(*(one(i, rollout) for i, rollout in enumerate(rollouts)))
+
+
+def _raised(error: Exception) -> Verdict:
+    if isinstance(error, Unscorable | SandboxMissing):
+        return Verdict(None, "unscorable", str(error))
+    if isinstance(error, ChildProcessError):  # a sandbox or a process of the reward's own
+        return Verdict(None, "died", str(error))
+    return Verdict(None, "failed", f"raised {type(error).__name__}: {error}")
+
+
+def _checked(value: object) -> Verdict:
+    if isinstance(value, Mark):
+        verdict = _checked(value.value)
+        return replace(verdict, why=value.note) if verdict.kind == "judged" else verdict
+    if value is None:
+        return Verdict(None)
+    if isinstance(value, int | float | np.number):
+        number = float(value)
+        return Verdict(number) if math.isfinite(number) else Verdict(None, "failed", f"returned {number}")
+    return Verdict(None, "unscorable", f"returned {type(value).__name__}, not a number")
+
+
+def _wait_for(value: Any) -> Any:
+    return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+
+
+async def _awaited(value: Awaitable[Any]) -> Any:
+    return await value

@@ -10,13 +10,19 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from posttrain.rewards.base import per_rollout
+from posttrain.rewards.base import bounded_if, per_rollout
 from posttrain.schema import Rollout, Task
 
 MAX_CHARACTERS = 4096
 Item = Mapping[str, Any]
 
 
+def _no_pattern(task: Task) -> bool:
+    """A regular expression may run for hours; every other item is a glance."""
+    return all(item.get("kind") != "regex" for item in _items(task))
+
+
+@bounded_if(_no_pattern)
 @per_rollout
 def mean(task: Task, rollout: Rollout) -> float:
     """Share of the items fulfilled; 0 for an empty or overlong text."""
@@ -24,6 +30,7 @@ def mean(task: Task, rollout: Rollout) -> float:
     return sum(_fulfilled(task, item, rollout.text) for item in items) / len(items)
 
 
+@bounded_if(_no_pattern)
 @per_rollout
 def strict(task: Task, rollout: Rollout) -> float:
     """1 if every item is fulfilled, else 0."""

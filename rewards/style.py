@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from posttrain.rewards.base import per_rollout
+from posttrain.rewards.base import bounded, per_rollout
 from posttrain.schema import RewardFn, Rollout, Task
 
 _WORD = re.compile(r"[^\W\d_]+")
@@ -22,6 +22,7 @@ SCRIPTS = {
 """Name in task.meta["script"] -> first words of the Unicode names of its letters."""
 
 
+@bounded
 @per_rollout
 def format_ok(task: Task, rollout: Rollout) -> float:
     """1 if the text ended by itself and, at most one closed <think> block apart, says something.
@@ -42,6 +43,7 @@ def length_penalty(*, target: int, limit: int) -> RewardFn:
     if not 0 <= target < limit:
         raise ValueError(f"target={target}, limit={limit}: need 0 <= target < limit")
 
+    @bounded
     @per_rollout
     def penalty(task: Task, rollout: Rollout) -> float:
         return -min(1.0, max(0.0, (rollout.num_sampled - target) / (limit - target)))
@@ -49,6 +51,7 @@ def length_penalty(*, target: int, limit: int) -> RewardFn:
     return penalty
 
 
+@bounded
 @per_rollout
 def language(task: Task, rollout: Rollout) -> float | None:
     """Share of words in the wanted language, thinking left out: 0 to 1.

@@ -1,9 +1,10 @@
 """The outcome of a task with tool calls."""
 
-from posttrain.rewards.base import final_answer, per_rollout
+from posttrain.rewards.base import bounded, final_answer, per_rollout
 from posttrain.schema import Rollout, Task
 
 
+@bounded
 @per_rollout
 def outcome(task: Task, rollout: Rollout) -> float:
     """1 if the last turn gives the reference answer after at least meta["min_calls"] tool results.

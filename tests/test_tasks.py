@@ -11,7 +11,7 @@ from test_rewards import rollout
 
 from posttrain import config
 from posttrain.domains import open_domains
-from posttrain.rewards.base import Scorer
+from posttrain.rewards.scorer import Scorer
 from posttrain.schema import Rollout, Task
 from posttrain.tasks import load_split, load_tasks
 
@@ -87,7 +87,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: Any, message: str) -> None
         ("missing.jsonl", "missing.jsonl: No such file"),
         ("tasks.csv", "expected a .jsonl or .parquet file"),
         ("ftp://x", "unknown scheme 'ftp'"),
-        ("rg://puzzle24?size=3", "not on the list"),
+        ("rg://coin_flip?size=3", "not on the list"),
         ("rg://chain_sum?bananas=3", "bananas"),
         ("py://posttrain.toy.sorting:nope", "has no attribute 'nope'"),
         ("py://posttrain.toy.sorting:tasks?m=3", "unexpected keyword argument 'm'"),

@@ -6,6 +6,7 @@ Left out: near-duplicates. Next: sft.py.
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +17,8 @@ import pyarrow.parquet as pq
 from posttrain import config, generation
 from posttrain.domains import Domain, open_domains
 from posttrain.job import Job, Result
-from posttrain.schema import Group, Rollout
+from posttrain.rewards.scorer import score_all
+from posttrain.schema import Group, Rollout, Score
 from posttrain.store import MANIFEST, file_hash
 
 DATA = "data.parquet"
@@ -80,8 +82,9 @@ def _domain(
     }
     fates: dict[str, list[str]] = {"failed": [], "wrong": [], "duplicate": [], "surplus": []}
     verified: list[dict[str, Any]] = []
-    for plan, group in zip(plans, groups, strict=True):
-        verified += _verified(plan, group, provenance, fates)
+    scores = score_all([(domain.passes, group.task, group.rollouts) for group in groups])
+    for plan, group, of_group in zip(plans, groups, scores, strict=True):
+        verified += _verified(plan, group, of_group, provenance, fates)
     # One sample of every task before the second of any: variety first.
     verified.sort(key=lambda row: row.pop("turn"))
     fates["surplus"] = [row["id"] for row in verified[stage.keep_per_domain :]]
@@ -99,11 +102,11 @@ def _domain(
 def _verified(
     plan: generation.GroupPlan,
     group: Group,
+    scores: Sequence[Score],
     provenance: dict[str, Any],
     fates: dict[str, list[str]],
 ) -> list[dict[str, Any]]:
     """Rows for the samples of a task that pass and differ; the ids of the others go to their fate."""
-    scores = plan.domain.passes.score(group.task, group.rollouts)
     seen: set[bytes] = set()
     rows = []
     for id, request, rollout, score in zip(plan.ids, plan.requests, group.rollouts, scores, strict=True):

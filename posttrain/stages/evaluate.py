@@ -63,8 +63,7 @@ def _figures(domain: Domain, groups: Sequence[Group]) -> dict[str, Any]:
     """pass@1 with its 95 % interval over tasks; a task with an unscorable sample does not count."""
     shares: list[float] = []
     unscorable = 0
-    for group in groups:
-        verdicts = domain.passed(group.task, group.rollouts)
+    for verdicts in domain.passed(groups):
         known = [verdict for verdict in verdicts if verdict is not None]
         unscorable += len(verdicts) - len(known)
         if len(known) == len(verdicts):

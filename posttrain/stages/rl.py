@@ -18,9 +18,10 @@ from posttrain.cluster import RemoteLearner
 from posttrain.domains import open_domains
 from posttrain.job import Job, Result
 from posttrain.learner import Setup
+from posttrain.rewards.scorer import score_all
 from posttrain.rollout_file import Row
 from posttrain.rollouts.pool import Pool
-from posttrain.schema import Group, Sample
+from posttrain.schema import Group, Sample, Score
 
 _NO_SIGNAL = "filtered: no signal"
 _UNSCORABLE = "failed: unscorable"
@@ -78,9 +79,11 @@ def _step(
     began = time.monotonic()
     groups = generation.generate(pool, plans, generation.sampling(job.cfg.rollouts), job.ledger)
     generated = time.monotonic()
-    groups_rows = [_judge(plan, group) for plan, group in zip(plans, groups, strict=True)]
+    scores = score_all([(p.domain.rewards, g.task, g.rollouts) for p, g in zip(plans, groups, strict=True)])
+    groups_rows = [_judge(*found) for found in zip(plans, groups, scores, strict=True)]
     rows = [row for group in groups_rows for row in group]
     job.ledger.scored([row.id for row in rows])
+    _check_scores(stage, step, rows)
     scored = time.monotonic()
     figures = _train(stage, job, groups_rows, learner)
     for reason in (_NO_SIGNAL, _UNSCORABLE):
@@ -91,7 +94,9 @@ def _step(
     pool.load(step + 1, learner.publish())
     rollout_file.write(job.out / "rollouts" / f"step-{step:05d}.parquet", rows)
     figures |= _rollout_figures(groups_rows)
+    scorers = [plan.domain.rewards for plan in {plan.domain.name: plan for plan in plans}.values()]
     return figures | {
+        "quarantined": float(sum(len(scorer.quarantined) for scorer in scorers)),
         "generate_s": generated - began,
         "score_s": scored - generated,
         "train_s": time.monotonic() - scored,
@@ -99,9 +104,8 @@ def _step(
     }
 
 
-def _judge(plan: generation.GroupPlan, group: Group) -> list[Row]:
-    """Score a group and decide what happens to each completion."""
-    scores = plan.domain.rewards.score(group.task, group.rollouts)
+def _judge(plan: generation.GroupPlan, group: Group, scores: Sequence[Score]) -> list[Row]:
+    """Decide what happens to each completion of a group."""
     rows = [
         Row(id=id, task=group.task, rollout=rollout, score=score)
         for id, rollout, score in zip(plan.ids, group.rollouts, scores, strict=True)
@@ -114,6 +118,16 @@ def _judge(plan: generation.GroupPlan, group: Group) -> list[Row]:
         for (row, _), advantage in zip(judged, found, strict=True):
             row.advantage, row.fate = advantage, "trained"
     return rows
+
+
+def _check_scores(stage: config.Rl, step: int, rows: Sequence[Row]) -> None:
+    """ValueError if too much cannot be scored to go on."""
+    unscorable = [row for row in rows if row.score.value is None]
+    if len(unscorable) > stage.max_unscorable * len(rows):
+        raise ValueError(
+            f"{stage.name}: step {step}: {len(unscorable)} of {len(rows)} completions could not be scored "
+            f"(max_unscorable {stage.max_unscorable:.0%}); one of them: {unscorable[0].score.note}"
+        )
 
 
 def _train(
@@ -175,6 +189,7 @@ def _rollout_figures(groups: Sequence[list[Row]]) -> dict[str, float]:
         "mean_tokens": float(np.mean([row.rollout.num_sampled for row in rows])),
         "cut_short": float(np.mean([row.rollout.stop == "length" for row in rows])),
         "unscorable": float(sum(row.score.value is None for row in rows)),
+        "blamed": float(sum(row.score.blamed for row in rows)),
     }
 
 
@@ -186,8 +201,8 @@ def _warn(stage: config.Rl, job: Job, step: int, figures: dict[str, float]) -> N
         )
     if figures["unscorable"]:
         job.metrics.say(
-            f"{stage.name}: step {step}: {figures['unscorable']:.0f} completions could not be scored; "
-            "the notes are in rollouts/"
+            f"{stage.name}: step {step}: {figures['unscorable']:.0f} completions could not be scored, "
+            f"{figures['quarantined']:.0f} tasks are quarantined; the notes are in rollouts/"
         )
 
 
