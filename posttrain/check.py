@@ -114,7 +114,7 @@ def _stage_line(stage: config.Stage) -> StageLine:
 
 def _domain(domain: Domain, *, seed: int) -> list[RewardLine]:
     where = f"domain {domain.name!r}"
-    for name in ("tool", "demonstrate"):
+    for name in ("tool", "environment", "demonstrate"):
         path = getattr(domain, name)
         if path is not None:
             _load(path, f"{where}: {name}")

@@ -1,4 +1,4 @@
-"""The command line: run, check, status, export. Imports no torch, so that it answers at once.
+"""The command line: run, check, status, export, reward, tasks. Imports no torch, so that it answers at once.
 
 Exit codes: 0 done, 1 a stage or the machine failed, 2 bad input, 130 interrupted. What the user can
 mend gets one line on stderr; a traceback is a bug. Next: check.py, pipeline.py.
@@ -57,6 +57,32 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR")
     export.add_argument("out", type=Path, metavar="OUT_DIR")
+
+    reward = commands.add_parser("reward", help="try rewards on saved rollouts")
+    reward.add_argument("fn", nargs="+", metavar="PKG.MOD:FN", help="one reward or several")
+    reward.add_argument(
+        "--tasks", action="append", required=True, metavar="URI", help="where the rollouts' tasks come from"
+    )
+    reward.add_argument(
+        "--rollouts", type=Path, required=True, metavar="PATH", help="a .parquet file, or a stage's folder"
+    )
+    reward.add_argument("--args", default="{}", metavar="JSON", help="keywords that make the (first) reward")
+    reward.add_argument(
+        "--diff",
+        metavar="OTHER",
+        help="another reward, or 'saved': show the rollouts that it values otherwise",
+    )
+    reward.add_argument("--seed", type=int, default=0, help="the run's seed")
+    reward.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="deadline per rollout")
+    reward.add_argument("--show", type=int, default=5, metavar="N", help="changed rollouts to print")
+    reward.add_argument("--json", action="store_true", help="print every value as JSON")
+
+    tasks = commands.add_parser("tasks", help="look at a task source")
+    tasks.add_argument("uri", metavar="URI")
+    tasks.add_argument("--where", metavar="PKG.MOD:FN", help="a predicate on Task")
+    tasks.add_argument("--seed", type=int, default=0)
+    tasks.add_argument("--limit", type=int, default=10_000, metavar="N", help="tasks to read at most")
+    tasks.add_argument("--show", type=int, default=3, metavar="N", help="tasks to print")
     return parser
 
 
@@ -106,7 +132,46 @@ def _export(args: argparse.Namespace) -> None:
     importlib.import_module("posttrain.stages.export").export_checkpoint(args.checkpoint, args.out)
 
 
-_COMMANDS = {"run": _run, "check": _check, "status": _status, "export": _export}
+def _reward(args: argparse.Namespace) -> None:
+    from posttrain import rollout_file, workbench  # only here, like the others
+
+    try:
+        keywords = json.loads(args.args)
+    except ValueError as error:
+        raise ValueError(f"--args {args.args!r}: not valid JSON ({error})") from None
+    if not isinstance(keywords, dict):
+        raise ValueError(f"--args {args.args!r}: expected a JSON object")
+    first, *more = args.fn
+    rewards = [config.Reward(fn=first, args=keywords, timeout_s=args.timeout)]
+    rewards += [config.Reward(fn=fn, timeout_s=args.timeout) for fn in more]
+    saved = rollout_file.read(args.rollouts)
+    pairs = workbench.attach(saved, args.tasks, seed=args.seed)
+    judged = [workbench.judge(reward, pairs) for reward in rewards]
+    other = None
+    if args.diff == workbench.SAVED:
+        other = workbench.saved_scores(pairs)
+    elif args.diff is not None:
+        other = workbench.judge(config.Reward(fn=args.diff, name=args.diff, timeout_s=args.timeout), pairs)
+    if args.json:
+        print(json.dumps(workbench.as_json(pairs, [*judged, *([other] if other else [])]), indent=2))
+    else:
+        print(workbench.report(pairs, judged, num_rollouts=len(saved), other=other, show=args.show))
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from posttrain import preview  # only here, like the others
+
+    print(preview.preview(args.uri, seed=args.seed, where=args.where, limit=args.limit, show=args.show))
+
+
+_COMMANDS = {
+    "run": _run,
+    "check": _check,
+    "status": _status,
+    "export": _export,
+    "reward": _reward,
+    "tasks": _tasks,
+}
 
 
 def _fail(message: str, code: int) -> int:

@@ -53,8 +53,10 @@ class Domain(Model):
     """What pass@1 and the distillation filter mean: all must give 1. Empty: the rewards themselves."""
     tool: str | None = None
     """Import path of a tool, `fn(task, assistant text) -> result text, or None if the turn is no call`."""
+    environment: str | None = None
+    """Import path of `start(task, seed) -> Episode` (rollouts/environment.py), where calls leave a state behind."""
     max_turns: int = Field(1, ge=1)
-    """Assistant turns at most; more than one needs a tool."""
+    """Assistant turns at most; more than one needs a tool or an environment."""
     max_new_tokens: int = Field(64, ge=1)
     """Tokens after the prompt at most, tool results included."""
     demonstrate: str | None = None
@@ -62,8 +64,12 @@ class Domain(Model):
 
     @model_validator(mode="after")
     def _tool_for_turns(self) -> Self:
-        if self.max_turns > 1 and self.tool is None:
-            raise ValueError(f"max_turns={self.max_turns} without a tool; set tool or max_turns = 1")
+        if self.tool is not None and self.environment is not None:
+            raise ValueError("both tool and environment are set; a domain has one of them")
+        if self.max_turns > 1 and self.tool is None and self.environment is None:
+            raise ValueError(
+                f"max_turns={self.max_turns} without a tool; set tool, environment or max_turns = 1"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""A domain with everything its config names loaded: tasks, rewards, tool, demonstrations.
+"""A domain with everything its config names loaded: tasks, rewards, environment, demonstrations.
 
 Next: generation.py for rollouts of these tasks, data.py for language-model samples.
 """
@@ -12,7 +12,7 @@ from posttrain import config
 from posttrain.rewards.base import load_object
 from posttrain.rewards.scorer import Scorer, score_all
 from posttrain.rewards.workers import shared_workers
-from posttrain.rollouts.request import Tool
+from posttrain.rollouts.environment import Environment, Stateless, single_turn
 from posttrain.schema import Group, Message, Task
 from posttrain.tasks import Split, load_split
 
@@ -27,7 +27,7 @@ class Domain:
     split: Split
     rewards: Scorer
     passes: Scorer
-    tool: Tool | None
+    environment: Environment
     demonstrate: Demonstrate | None
 
     @property
@@ -69,6 +69,15 @@ def _open(domain_json: str, seed: int, reward_workers: int) -> Domain:
         split=load_split(cfg, seed),
         rewards=Scorer(cfg.rewards, workers),
         passes=Scorer(cfg.passes or cfg.rewards, workers),
-        tool=load_object(cfg.tool, f"{where}: tool") if cfg.tool else None,
+        environment=_environment(cfg, where),
         demonstrate=load_object(cfg.demonstrate, f"{where}: demonstrate") if cfg.demonstrate else None,
     )
+
+
+def _environment(cfg: config.Domain, where: str) -> Environment:
+    if cfg.tool is not None:
+        return Stateless(load_object(cfg.tool, f"{where}: tool"))
+    if cfg.environment is None:
+        return single_turn
+    environment: Environment = load_object(cfg.environment, f"{where}: environment")
+    return environment

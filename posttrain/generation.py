@@ -47,7 +47,7 @@ def plan(
             seed=sample_seed(seed, epoch, task.id, i),
             max_new_tokens=budget or domain.cfg.max_new_tokens,
             max_turns=domain.cfg.max_turns,
-            tool=domain.tool,
+            environment=domain.environment,
         )
         for i in range(count)
     )

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 Message = dict[str, Any]
 """One chat message: {"role": "system" | "user" | "assistant" | "tool", "content": str}."""
 
-Stop = Literal["eos", "length", "turns", "error"]
+Stop = Literal["eos", "length", "turns", "crash", "error"]
+"""Why a rollout ended: by itself, at a limit of tokens or turns, or since its environment failed: broken by the
+policy ("crash", worth 0) or unavailable ("error", unscorable)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +86,8 @@ class Rollout:
     messages: tuple[Message, ...] = ()
     """Assistant and tool turns produced during the rollout."""
     stop: Stop = "eos"
+    outcome: dict[str, Any] = field(default_factory=dict)
+    """What the task's environment says of its final state: plain JSON data for the rewards."""
     policy_version: int = 0
     """Learner step of the weights that generated it."""
     kept: NDArray[np.int16] | NDArray[np.int32] | None = None

@@ -46,12 +46,18 @@ class Scorer:
         """How many verdicts were asked for a second time."""
 
     def score(self, task: Task, rollouts: Sequence[Rollout]) -> tuple[Score, ...]:
-        """One score per rollout; its value is None if any part is."""
-        columns = {part.name: self._judge(part, task, rollouts) for part in self._parts}
-        return tuple(
-            self._sum(task, {name: column[i] for name, column in columns.items()})
-            for i in range(len(rollouts))
-        )
+        """One score per rollout; its value is None if any part is.
+
+        No reward is asked about a rollout whose environment failed: unavailable makes it unscorable, broken by
+        the policy is worth 0.
+        """
+        judged = [i for i, rollout in enumerate(rollouts) if rollout.stop not in ("error", "crash")]
+        given = [rollouts[i] for i in judged]
+        columns = {part.name: self._judge(part, task, given) if given else [] for part in self._parts}
+        scores = {i: self._environment(task, rollouts[i]) for i in range(len(rollouts)) if i not in judged}
+        for place, i in enumerate(judged):
+            scores[i] = self._sum(task, {name: column[place] for name, column in columns.items()})
+        return tuple(scores[i] for i in range(len(rollouts)))
 
     @property
     def width(self) -> int:
@@ -104,6 +110,15 @@ class Scorer:
         found: dict[int, Verdict] = {}
         judge(part.function, task, rollouts, found.__setitem__)
         return [found[i] for i in range(len(rollouts))]
+
+    def _environment(self, task: Task, rollout: Rollout) -> Score:
+        """The score of a rollout that its environment has ended."""
+        why = rollout.outcome.get(rollout.stop, "")
+        if rollout.stop == "crash":
+            note = f"the rollout broke its environment: {why}"
+            return Score(value=0.0, parts={part.name: 0.0 for part in self._parts}, note=note, blamed=True)
+        note = f"its environment was unavailable: {why} (task {task.id})"
+        return Score(value=None, parts={part.name: None for part in self._parts}, note=note)
 
     def _sum(self, task: Task, verdicts: Mapping[str, Verdict]) -> Score:
         parts = {name: verdict.value for name, verdict in verdicts.items()}

@@ -1,4 +1,4 @@
-"""The outcome of a task with tool calls."""
+"""The outcome of a task with tool calls: an answer, or the state that the calls have left behind."""
 
 from posttrain.rewards.base import bounded, final_answer, per_rollout
 from posttrain.schema import Rollout, Task
@@ -17,3 +17,12 @@ def outcome(task: Task, rollout: Rollout) -> float:
         return 0.0
     answer = final_answer(turns[-1]["content"])
     return float(bool(answer) and task.answer is not None and answer == task.answer.strip())
+
+
+@bounded
+@per_rollout
+def state(task: Task, rollout: Rollout) -> float:
+    """1 if the episode ended by itself in the state meta["goal"], which its environment reports as "state"."""
+    if "goal" not in task.meta:
+        raise ValueError(f"task {task.id} has no goal (the wanted state in meta)")
+    return float(rollout.stop == "eos" and rollout.outcome.get("state") == task.meta["goal"])

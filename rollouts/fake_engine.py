@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.rollouts import chat
+from posttrain.rollouts.environment import Live
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.schema import Rollout
 
@@ -33,6 +34,7 @@ class FakeEngine:
         prompt = chat.encode_prompt(self.tokenizer, request.task)
         completion = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
         sampled = np.array([False] * len(prompt) + [True] * len(completion))
+        stop, outcome = Live(request.environment, request.task, request.seed).end("eos")
         return Rollout(
             task_id=request.task.id,
             index=request.index,
@@ -41,5 +43,7 @@ class FakeEngine:
             logprobs=np.where(sampled, -1.0, 0.0).astype(np.float32),
             text=text,
             messages=({"role": "assistant", "content": text},),
+            stop=stop,
+            outcome=outcome,
             policy_version=self.version,
         )

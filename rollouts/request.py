@@ -3,13 +3,10 @@
 Next: torch_engine.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from posttrain.rollouts.environment import Environment, single_turn
 from posttrain.schema import Task
-
-Tool = Callable[[Task, str], str | None]
-"""A tool sees the task and the text of an assistant turn; None means the turn was no call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +18,7 @@ class Request:
     seed: int
     max_new_tokens: int
     max_turns: int = 1
-    tool: Tool | None = None
+    environment: Environment = single_turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
 from posttrain.rollouts import chat, sampling
+from posttrain.rollouts.environment import Failed, Live, step_all
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.schema import Message, Rollout, SamplingMask, Stop
 
@@ -36,6 +37,7 @@ class _Row:
     prompt: list[int]
     order: int
     turn_start: int
+    live: Live
     messages: list[Message] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     turns: int = 0
@@ -58,6 +60,7 @@ class TorchEngine:
         self.model = model.eval()
         self.backend = model.backend(backend)
         self.tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_id  # transformers looks it up anew every time
         self.attention: AttentionMode = attention
         self.version = 0
         self.device = next(model.parameters()).device
@@ -74,11 +77,18 @@ class TorchEngine:
     ) -> list[Rollout]:
         """One rollout per request, in order. Requests of one task should stand together: they share a prefill."""
         self.decoder.refresh()
-        prompts = {r.task.id: chat.encode_prompt(self.tokenizer, r.task) for r in requests}
+        tasks = {r.task.id: r.task for r in requests}
+        prompts = {id: chat.encode_prompt(self.tokenizer, task) for id, task in tasks.items()}
         done: dict[int, Rollout] = {}
         for start in range(0, len(requests), max_rows):
             rows = [
-                _Row(request=r, prompt=prompts[r.task.id], order=i, turn_start=len(prompts[r.task.id]))
+                _Row(
+                    request=r,
+                    prompt=prompts[r.task.id],
+                    order=i,
+                    turn_start=len(prompts[r.task.id]),
+                    live=Live(r.environment, r.task, r.seed),
+                )
                 for i, r in enumerate(requests[start : start + max_rows], start)
             ]
             done.update(_Wave(self, rows, settings).run())
@@ -122,7 +132,8 @@ class _Wave:
         self.mask_counts_BL = np.zeros((len(rows), self.capacity), np.int32)
         self.lengths_B = np.array([len(r.prompt) for r in rows])
         self.limits_B = self.lengths_B + [r.request.max_new_tokens for r in rows]
-        self.seeds_B = np.array([r.request.seed % 2**64 for r in rows], np.uint64)
+        seeds_B1 = np.array([[r.request.seed % 2**64] for r in rows], np.uint64)
+        self.uniforms_BL = sampling.uniforms(seeds_B1, np.arange(self.capacity + 1))
         self.alive_B = np.ones(len(rows), bool)
         for i, row in enumerate(rows):
             self.tokens_BL[i, : len(row.prompt)] = row.prompt
@@ -189,7 +200,8 @@ class _Wave:
     def _extend(self, logits_BV: Tensor) -> None:
         """Append one token to every row that is alive: sampled, or forced by a tool result."""
         settings = self.settings
-        uniform_B = sampling.uniforms(self.seeds_B, self.lengths_B)
+        # Of rows that have stopped, too; a full one's length is the capacity.
+        uniform_B = self.uniforms_BL[np.arange(len(self.rows)), self.lengths_B]
         logp_BV = sampling.processed_logprobs(logits_BV, settings.temperature, settings.top_p, settings.top_k)
         chosen = sampling.choose(
             logp_BV, torch.from_numpy(uniform_B).to(logp_BV.device), greedy=settings.temperature == 0
@@ -208,41 +220,50 @@ class _Wave:
         if settings.record_mask:
             self._record_mask(logp_BV, sampled_B & self.alive_B)
         self.lengths_B[live] += 1
-        ended_B = sampled_B & (token_B == self.engine.tokenizer.eos_token_id) & (not settings.ignore_eos)
+        ended_B = sampled_B & (token_B == self.engine.eos_token_id) & (not settings.ignore_eos)
         full_B = self.lengths_B >= self.limits_B
+        ended = [int(i) for i in live[ended_B[live]]]
+        stops = dict(zip(ended, self._end_turns(ended), strict=True))
         for i in live[(ended_B | full_B)[live]]:
-            stop = self._end_turn(int(i)) if ended_B[i] else "length"
-            if stop is None and full_B[i]:
-                stop = "length"
+            stop = stops.get(int(i)) or ("length" if full_B[i] else None)
             if stop is not None:
                 self._finish(int(i), stop)
 
     def _turn_text(self, i: int) -> str:
-        row = self.rows[i]
-        tokens = self.tokens_BL[i, row.turn_start : self.lengths_B[i]]
-        text: str = self.engine.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-        return text.strip()
+        start = self.rows[i].turn_start
+        tokens = self.tokens_BL[i, : self.lengths_B[i]].tolist()
+        return chat.turn_text(self.engine.tokenizer, tokens[:start], tokens[start:])
 
-    def _end_turn(self, i: int) -> Stop | None:
-        """Close an assistant turn; None when a tool result makes the rollout go on."""
+    def _end_turns(self, ended: Sequence[int]) -> list[Stop | Failed | None]:
+        """Close an assistant turn of these rows; None where tool results make the rollout go on."""
+        turns = []
+        for i in ended:
+            row = self.rows[i]
+            row.messages.append({"role": "assistant", "content": self._turn_text(i)})
+            row.turns += 1
+            turns.append((row.live, str(row.messages[-1]["content"])))
+        return [self._go_on(i, results) for i, results in zip(ended, step_all(turns), strict=True)]
+
+    def _go_on(self, i: int, results: Sequence[str] | Failed | None) -> Stop | Failed | None:
         row = self.rows[i]
-        text = self._turn_text(i)
-        row.messages.append({"role": "assistant", "content": text})
-        row.turns += 1
-        result = row.request.tool(row.request.task, text) if row.request.tool else None
-        if result is None:
+        if isinstance(results, Failed):
+            return results
+        if not results:
             return "eos"
         if row.turns >= row.request.max_turns:
             return "turns"
-        row.messages.append({"role": "tool", "content": result})
-        row.forced = chat.encode_tool_result(self.engine.tokenizer, result)
+        tokenizer = self.engine.tokenizer
+        results = [chat.as_data(tokenizer, result) for result in results]
+        row.messages += [{"role": "tool", "content": result} for result in results]
+        row.forced = chat.encode_tool_results(tokenizer, results, thinking=row.request.task.thinking)
         row.turn_start = int(self.lengths_B[i]) + len(row.forced)
         return None
 
-    def _finish(self, i: int, stop: Stop) -> None:
+    def _finish(self, i: int, why: Stop | Failed) -> None:
         row, length = self.rows[i], int(self.lengths_B[i])
-        if stop == "length" and not row.forced and row.turn_start < length:
+        if why == "length" and not row.forced and row.turn_start < length:
             row.messages.append({"role": "assistant", "content": self._turn_text(i)})
+        stop, outcome = row.live.end(why)
         self.alive_B[i] = False
         turns = [str(m["content"]) for m in row.messages if m["role"] == "assistant"]
         self.done[row.order] = Rollout(
@@ -254,6 +275,7 @@ class _Wave:
             text="\n".join(turns),
             messages=tuple(row.messages),
             stop=stop,
+            outcome=outcome,
             policy_version=self.engine.version,
             kept=_joined(row.kept)[:, : length - 1] if row.kept else None,
             experts=np.concatenate(row.experts, axis=1)[:, : length - 1] if row.experts else None,
@@ -269,8 +291,8 @@ class _Wave:
         """Drop finished rows from the batch and the cache."""
         keep = np.flatnonzero(self.alive_B)
         self.rows = [self.rows[i] for i in keep]
-        arrays = ("tokens_BL", "sampled_BL", "logprobs_BL", "mask_counts_BL")
-        for name in (*arrays, "lengths_B", "limits_B", "seeds_B", "alive_B"):
+        arrays = ("tokens_BL", "sampled_BL", "logprobs_BL", "mask_counts_BL", "uniforms_BL")
+        for name in (*arrays, "lengths_B", "limits_B", "alive_B"):
             setattr(self, name, getattr(self, name)[keep])
         self.cache.select(torch.from_numpy(keep).to(self.engine.device))
 

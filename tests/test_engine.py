@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from posttrain.rollouts import chat, sampling
+from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Rollout, Task
@@ -180,7 +181,9 @@ def test_turns_with_a_tool_by_hand(engine: TorchEngine) -> None:
     scripted.__dict__.update(engine.__dict__)
     script = _Scripted(engine, {i - 1: t for i, t in enumerate(tokens) if i})
     scripted.model = scripted.decoder = script  # type: ignore[assignment]
-    request = Request(task=task, index=0, seed=1, max_new_tokens=64, max_turns=4, tool=lookup.respond)
+    request = Request(
+        task=task, index=0, seed=1, max_new_tokens=64, max_turns=4, environment=Stateless(lookup.respond)
+    )
     (rollout,) = scripted.generate([request], Sampling())
     assert rollout.tokens.tolist() == tokens
     assert rollout.sampled.tolist() == mask
@@ -208,7 +211,7 @@ def test_logprobs_are_right_after_tool_results(engine: TorchEngine) -> None:
         return "boss of ann is bob"
 
     requests = [
-        Request(task=t, index=0, seed=i, max_new_tokens=90, max_turns=3, tool=tool)
+        Request(task=t, index=0, seed=i, max_new_tokens=90, max_turns=3, environment=Stateless(tool))
         for i, t in enumerate(lookup.tasks(seed=3, n=24))
     ]
     eager = TorchEngine(tiny.model(topk=7, seed=2), TOKENIZER)

@@ -12,6 +12,7 @@ from posttrain import config, logprob, packing
 from posttrain.learner import Learner, Setup
 from posttrain.model import checkpoint
 from posttrain.rollouts import sampling
+from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Batch, Rollout, Sample, SamplingMask, Task
@@ -22,7 +23,7 @@ CUT = Sampling(
     temperature=0.8, top_p=0.7, record_kept=True, record_experts=True, record_mask=True, ignore_eos=False
 )
 EXACT = 1e-6
-"""Largest difference of a log-prob; weights are fp64, logits and log-probs fp32."""
+"""Mean difference of a log-prob where engine (fp32) and learner (fp64) choose alike: the engine's rounding."""
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,10 @@ def rollouts(path: Path) -> list[Rollout]:
         return "boss of ann is bob"
 
     requests = [
-        Request(task=t, index=0, seed=i, max_new_tokens=50, max_turns=3, tool=tool)
+        Request(task=t, index=0, seed=i, max_new_tokens=50, max_turns=3, environment=Stateless(tool))
         for i, t in enumerate(lookup.tasks(seed=3, n=12))
     ]
-    model = checkpoint.load(path, dtype=torch.float64)
-    found = TorchEngine(model, TOKENIZER).generate(requests, CUT)
+    found = TorchEngine(checkpoint.load(path), TOKENIZER).generate(requests, CUT)
     assert len({len(r.messages) for r in found}) > 1, "all rollouts have the same number of turns"
     return found
 
@@ -87,11 +87,20 @@ def _batches(
     return packing.pack(samples, packing.token_weights(samples, "sequence", 3), tokens_per_batch=limit)
 
 
-def _gap(learner: Learner, batches: list[Batch]) -> float:
-    """The largest difference between the engine's log-probs and the learner's."""
+def _gaps(learner: Learner, batches: list[Batch]) -> np.ndarray[Any, Any]:
+    """Differences between the engine's log-probs and the learner's."""
     found = learner.logprobs(batches, CUT.temperature)
     pairs = zip(batches, found, strict=True)
-    return max(float(np.abs(b.logprobs_T[b.mask_T] - logp_M).max()) for b, logp_M in pairs)
+    return np.concatenate([np.abs(b.logprobs_T[b.mask_T] - logp_M) for b, logp_M in pairs])
+
+
+def _gap(learner: Learner, batches: list[Batch]) -> float:
+    return float(_gaps(learner, batches).mean())
+
+
+def _assert_exact(learner: Learner, batches: list[Batch]) -> None:
+    gaps_M = _gaps(learner, batches)
+    assert gaps_M.mean() < EXACT and gaps_M.max() < 10 * EXACT
 
 
 def _shake(learner: Learner, name: str, *, reference: bool = False) -> None:
@@ -109,7 +118,7 @@ def _shake(learner: Learner, name: str, *, reference: bool = False) -> None:
 def test_learner_and_engine_agree_where_everything_is_kept(
     path: Path, rollouts: list[Rollout], limit: int
 ) -> None:
-    assert _gap(_learner(path), _batches(rollouts, "routing topk mask", limit)) < EXACT
+    _assert_exact(_learner(path), _batches(rollouts, "routing topk mask", limit))
 
 
 @pytest.mark.parametrize("limit", [60, 100_000], ids=["micro-batches", "one batch"])
@@ -120,7 +129,7 @@ def test_keep_routing_reproduces_the_engine_after_the_router_has_changed(
     learner = _learner(path)
     _shake(learner, "e_score_correction_bias")
     assert _gap(learner, _batches(rollouts, "mask", limit)) > 1e-2
-    assert _gap(learner, _batches(rollouts, "routing mask", limit)) < EXACT
+    _assert_exact(learner, _batches(rollouts, "routing mask", limit))
 
 
 @pytest.mark.parametrize("limit", [60, 100_000], ids=["micro-batches", "one batch"])
@@ -130,7 +139,7 @@ def test_keep_topk_reproduces_the_engine_after_the_indexers_have_changed(
     learner = _learner(path)
     _shake(learner, ".indexer.")
     assert _gap(learner, _batches(rollouts, "mask", limit)) > 1e-2
-    assert _gap(learner, _batches(rollouts, "topk mask", limit)) < EXACT
+    _assert_exact(learner, _batches(rollouts, "topk mask", limit))
 
 
 def test_both_replays_together(path: Path, rollouts: list[Rollout]) -> None:
@@ -138,7 +147,7 @@ def test_both_replays_together(path: Path, rollouts: list[Rollout]) -> None:
     _shake(learner, ".indexer.")
     _shake(learner, "e_score_correction_bias")
     assert _gap(learner, _batches(rollouts, "topk mask")) > 1e-2
-    assert _gap(learner, _batches(rollouts, "routing topk mask")) < EXACT
+    _assert_exact(learner, _batches(rollouts, "routing topk mask"))
 
 
 def test_gates_of_replayed_experts_come_from_the_current_router(path: Path, rollouts: list[Rollout]) -> None:
@@ -189,7 +198,7 @@ def test_the_sampling_mask_makes_truncated_log_probs_those_of_the_engine(
     path: Path, rollouts: list[Rollout]
 ) -> None:
     learner = _learner(path)
-    assert _gap(learner, _batches(rollouts, "mask")) < EXACT
+    _assert_exact(learner, _batches(rollouts, "mask"))
     assert _gap(learner, _batches(rollouts, "")) > 0.1
 
 
@@ -295,7 +304,7 @@ def test_a_training_indexer_learns_from_the_kept_set(path: Path, rollouts: list[
     _shake(learner, ".indexer.")
     seen = _watch(learner, ".indexer.")
     batches = _batches(rollouts[:4], "topk mask")
-    assert _gap(learner, batches) < EXACT
+    _assert_exact(learner, batches)
     figures, _ = learner.grpo_step(batches, config.Loss(), CUT.temperature)
     assert figures["indexer_kl"] > 0
     assert len(seen) == len(learner.model.indexer_parameters())

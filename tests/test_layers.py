@@ -75,7 +75,8 @@ def _uses(imports: set[str], package: str) -> bool:
 
 
 LIGHT = ["posttrain.cli", "posttrain.check", "posttrain.config", "posttrain.schema", "posttrain.tasks"]
-LIGHT += [name for name in SOURCES if name.startswith("posttrain.rewards.")]
+LIGHT += ["posttrain.preview", "posttrain.rollout_file", "posttrain.workbench"]
+LIGHT += [name for name in SOURCES if name.startswith(("posttrain.envs.", "posttrain.rewards."))]
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -102,6 +103,11 @@ def test_rewards_know_config_and_schema_only(name: str) -> None:
     ours = {t for t in _imports(name, top_only=False) if t.startswith("posttrain.")}
     allowed = ("posttrain.rewards", "posttrain.config", "posttrain.schema")
     assert all(target.startswith(allowed) for target in ours), ours
+
+
+@pytest.mark.parametrize("name", [n for n in SOURCES if n.startswith("posttrain.rollouts.")])
+def test_rollouts_know_no_environment_in_particular(name: str) -> None:
+    assert not _uses(_imports(name, top_only=False), "posttrain.envs")
 
 
 @pytest.mark.parametrize("name", list(SOURCES))

@@ -29,7 +29,8 @@ def vocabulary() -> list[str]:
     words += ["use", "tool", "who", "is", "of", "error", *lookup.RELATIONS, *lookup.NAMES]
     words += ["say", "in", "capitals", "small", "times", "okay", *phrases.WORDS]
     lexicon = [word for language in phrases.WORDS.values() for word in language]
-    return list(dict.fromkeys([*SPECIAL, *MARKS, *words, *lexicon, *(w.upper() for w in lexicon)]))
+    sql = "sql set to select from people where id update done search open".split()
+    return list(dict.fromkeys([*SPECIAL, *MARKS, *words, *lexicon, *(w.upper() for w in lexicon), *sql]))
 
 
 def build() -> PreTrainedTokenizerFast:
