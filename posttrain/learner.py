@@ -113,7 +113,7 @@ class Learner:
         for batch in batches:
             tensors = self._tensors(batch)
             context = self._context(tensors, self.setup.indexer_loss)
-            logp_M = self._logprobs(self._logits(self.model, tensors, context), tensors)
+            logp_M = self._logprobs(self.model, tensors, context)
             lm_loss = -(tensors.weight_M * logp_M).sum()
             total = lm_loss if with_lm else lm_loss.detach()
             self._backward(total, lm_loss, batch, context, sums, share=self._share(batches))
@@ -133,11 +133,9 @@ class Learner:
         for batch in batches:
             tensors = self._tensors(batch)
             context = self._context(tensors, self.setup.indexer_loss)
-            logits_MV = self._logits(self.model, tensors, context)
-            logp_M = self._logprobs(logits_MV, tensors, temperature)
-            seen.append(logp_M.detach().cpu().numpy())
-            bonus = logprob.entropy(logits_MV, temperature) if settings.entropy_coef else None
-            values = self._values(batch, tensors, logp_M, bonus, settings, temperature)
+            policy = self._policy(tensors, context, temperature, with_entropy=settings.entropy_coef > 0)
+            seen.append(policy[0].detach().cpu().numpy())
+            values = self._values(batch, tensors, policy, settings, temperature)
             objective, figures = loss.policy_loss(values, settings)
             for name, value in figures.items():
                 sums[name] += float(value) / valid
@@ -147,11 +145,8 @@ class Learner:
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """Log-probs of the valid tokens of each batch under the current weights and what the batch replays."""
-        found = []
-        for tensors in map(self._tensors, batches):
-            logits_MV = self._logits(self.model, tensors, self._context(tensors))
-            found.append(self._logprobs(logits_MV, tensors, temperature).cpu().numpy())
-        return found
+        tensors = [self._tensors(b) for b in batches]
+        return [self._logprobs(self.model, t, self._context(t), temperature).cpu().numpy() for t in tensors]
 
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -175,7 +170,7 @@ class Learner:
                     diagnose=mode == "sparse",
                     cu_seqlens_S=tensors.cu_seqlens_S,
                 )
-                logp_M = self._logprobs(self._logits(self.model, tensors, context), tensors)
+                logp_M = self._logprobs(self.model, tensors, context)
                 long_M = context.positions_T[tensors.at_M] >= topk
                 sums[f"lm_loss_{mode}"] -= float(logp_M[long_M].sum())
                 for layer, record in context.records.items():
@@ -264,11 +259,12 @@ class Learner:
         self,
         batch: Batch,
         tensors: _Tensors,
-        logp_M: Tensor,
-        entropy_M: Tensor | None,
+        policy: tuple[Tensor, Tensor | None],
         settings: config.Loss,
         temperature: float,
     ) -> loss.Values:
+        logp_M, entropy_M = policy
+
         def valid(values_T: NDArray[np.float32]) -> Tensor:
             return torch.from_numpy(values_T[batch.mask_T]).to(logp_M.device)
 
@@ -296,19 +292,27 @@ class Learner:
             sequence_M=tensors.sequence_M,
         )
 
-    def _logits(self, model: Any, tensors: _Tensors, context: PackedContext) -> Tensor:
-        logits_MV: Tensor = model(tensors.tokens_T, context, tensors.at_M)
-        return logits_MV
-
-    def _logprobs(self, logits_MV: Tensor, tensors: _Tensors, temperature: float = 1.0) -> Tensor:
+    def _logprobs(
+        self, model: Any, tensors: _Tensors, context: PackedContext, temperature: float = 1.0
+    ) -> Tensor:
+        logits_MV = model(tensors.tokens_T, context, tensors.at_M)
         return logprob.sampled_logprobs(logits_MV, tensors.targets_M, temperature, tensors.kept_ids)
+
+    def _policy(
+        self, tensors: _Tensors, context: PackedContext, temperature: float, *, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and, if wanted, entropies [M]; the logits are gone on return but for what autograd needs."""
+        if not with_entropy:
+            return self._logprobs(self.model, tensors, context, temperature), None
+        logits_MV = self.model(tensors.tokens_T, context, tensors.at_M)
+        logp_M = logprob.sampled_logprobs(logits_MV, tensors.targets_M, temperature, tensors.kept_ids)
+        return logp_M, logprob.entropy(logits_MV, temperature)
 
     @torch.no_grad()
     def _reference_logprobs(self, tensors: _Tensors, temperature: float) -> Tensor | None:
         if self.reference is None:
             return None
-        logits_MV = self._logits(self.reference, tensors, self._context(tensors))
-        return self._logprobs(logits_MV, tensors, temperature)
+        return self._logprobs(self.reference, tensors, self._context(tensors), temperature)
 
     def _share(self, batches: Sequence[Batch]) -> float:
         """1 / tokens of the whole step: the indexer's KL is a mean over all query tokens."""

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from posttrain import config, packing
+from posttrain import config, packing, pipeline
 from posttrain.learner import Learner, Setup
 from posttrain.optimizer import Optimizers
 from posttrain.schema import Batch
@@ -85,6 +85,11 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_and_name_the_samples(tmp_
     guilty = next(batch.ids for batch in bad if "s3" in batch.ids)
     with pytest.raises(FloatingPointError, match=rf"3 steps in a row .* Samples: {', '.join(guilty)}$"):
         learner.grpo_step(bad, config.Loss(clip=10.0), 1.0)
+
+
+def test_that_it_stopped_is_told_in_one_line(tmp_path: Path) -> None:
+    line = pipeline._explain(FloatingPointError("3 steps in a row"), tmp_path)
+    assert line == f"3 steps in a row (traceback in {tmp_path / 'traceback.txt'})"
 
 
 def _step(optimizers: Optimizers, model_gradient: float, indexer_gradient: float) -> dict[str, float]:

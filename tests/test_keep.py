@@ -174,7 +174,7 @@ def _experts(learner: Learner, batch: Batch) -> np.ndarray[Any, Any]:
     tensors = learner._tensors(batch)
     context = learner._context(tensors)
     with torch.no_grad():
-        learner._logits(learner.model, tensors, context)
+        learner._logprobs(learner.model, tensors, context)
     found = [record.experts_TE for _, record in sorted(context.records.items())]
     return np.stack([experts.numpy() for experts in found if experts is not None])
 
