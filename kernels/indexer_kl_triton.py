@@ -33,7 +33,10 @@ class Shape:
     """At most so many per thread, so that more programs share a multiprocessor."""
 
 
-SHAPE = Shape()
+FAST_SHAPE = Shape(stages=1, registers=168)
+"""Three programs on a multiprocessor: 7 % faster on an H200."""
+EXACT_SHAPE = Shape()
+"""64-bit integers leave no registers to save."""
 
 
 @triton.jit
@@ -149,7 +152,7 @@ def indexer_kl(
     weight_N: Tensor,
     *,
     deterministic: bool,
-    shape: Shape = SHAPE,
+    shape: Shape | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """KL fp32 [N], and the gradients of sum(weight * KL): dq [N, J, I], dk [S, I], dw [N, J], all fp32.
 
@@ -159,6 +162,7 @@ def indexer_kl(
     """
     N, J, I = q_NJI.shape
     K = slots_NK.shape[1]
+    shape = shape or (EXACT_SHAPE if deterministic else FAST_SHAPE)
     for name, tensor in (("w", w_NJ), ("p", p_NK), ("weight", weight_N)):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous float32")

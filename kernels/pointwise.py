@@ -43,7 +43,7 @@ class _RmsNorm(torch.autograd.Function):
         dweight_D = products_TD.flatten(0, -2).sum(0).to(weight_D.dtype)
         # mean(g n) = (dy n) . weight / D, from the product that dweight needs anyway
         mean_T1 = (products_TD @ weight_D.to(products_TD.dtype)).div_(x_TD.shape[-1])[..., None]
-        dx_TD = torch.addcmul(dy_TD * weight_D, n_TD, mean_T1, value=-1).mul_(scale_T1)
+        dx_TD = (dy_TD * weight_D).to(n_TD.dtype).addcmul_(n_TD, mean_T1, value=-1).mul_(scale_T1)
         return dx_TD.to(x_TD.dtype), dweight_D, None
 
 

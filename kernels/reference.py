@@ -28,8 +28,8 @@ def index_scores(q_BQJI: Tensor, k_BLI: Tensor, w_BQJ: Tensor) -> Tensor:
     k_BIL = k_BLI.float().transpose(1, 2)
     scores_BQL: Tensor | None = None
     for head in range(q_BQJI.shape[2]):
-        part_BQL = torch.relu(q_BQJI[:, :, head].float() @ k_BIL) * w_BQJ[:, :, head, None]
-        scores_BQL = part_BQL if scores_BQL is None else scores_BQL + part_BQL
+        part_BQL, w_BQ1 = torch.relu_(q_BQJI[:, :, head].float() @ k_BIL), w_BQJ[:, :, head, None]
+        scores_BQL = part_BQL * w_BQ1 if scores_BQL is None else torch.addcmul(scores_BQL, part_BQL, w_BQ1)
     assert scores_BQL is not None, "the indexer has no heads"
     return scores_BQL
 

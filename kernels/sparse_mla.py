@@ -10,10 +10,11 @@ R latent size, n queries of a chunk.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""Gathered entries of one chunk: what a core's cache holds; on a GPU few launches count more."""
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+"""Gathered entries of one chunk: what a core's cache holds beside the rest; on a GPU few launches count more."""
 
 
 def sparse_mla(
@@ -46,14 +47,16 @@ def _gather(entries_SE: Tensor, slots_nK: Tensor) -> Tensor:
 def _forward(
     q_NHE: Tensor, entries_SE: Tensor, slots_NK: Tensor, scale: float, value_size: int
 ) -> tuple[Tensor, Tensor]:
-    outputs, probs = [], []
+    (N, H, _), K = q_NHE.shape, slots_NK.shape[1]
+    o_NHR = q_NHE.new_empty(N, H, value_size)
+    p_NHK = q_NHE.new_empty(N, H, K, dtype=torch.float32)
+    none_N1K = (slots_NK < 0)[:, None]
     for chunk in _chunks(slots_NK, entries_SE):
         kv_nKE = _gather(entries_SE, slots_NK[chunk])
-        logits_nHK = torch.bmm(q_NHE[chunk], kv_nKE.transpose(1, 2)).float() * scale
-        p_nHK = logits_nHK.masked_fill_(slots_NK[chunk, None] < 0, float("-inf")).softmax(-1)
-        probs.append(p_nHK)
-        outputs.append(torch.bmm(p_nHK.to(q_NHE.dtype), kv_nKE[..., :value_size]))
-    return torch.cat(outputs), torch.cat(probs)
+        logits_nHK = torch.bmm(q_NHE[chunk], kv_nKE.transpose(1, 2)).float().mul_(scale)
+        torch.softmax(logits_nHK.masked_fill_(none_N1K[chunk], float("-inf")), -1, out=p_NHK[chunk])
+        torch.bmm(p_NHK[chunk].to(q_NHE.dtype), kv_nKE[..., :value_size], out=o_NHR[chunk])
+    return o_NHR, p_NHK
 
 
 class _SparseMla(torch.autograd.Function):
@@ -75,13 +78,14 @@ class _SparseMla(torch.autograd.Function):
         dq_NHE = torch.empty_like(q_NHE)
         dentries_SE = torch.zeros_like(entries_SE, dtype=torch.promote_types(dtype, torch.float32))
         delta_NH1 = (do_NHR * o_NHR).sum(-1, keepdim=True, dtype=p_NHK.dtype)
+        do_NHE = F.pad(do_NHR, (0, q_NHE.shape[2] - ctx.value_size))  # an entry's rotary part is no value
         for chunk in _chunks(slots_NK, entries_SE):
             kv_nKE, p_nHK, do_nHR = _gather(entries_SE, slots_NK[chunk]), p_NHK[chunk], do_NHR[chunk]
             dp_nHK = torch.bmm(do_nHR, kv_nKE[..., : ctx.value_size].transpose(1, 2)).to(p_nHK.dtype)
             ds_nHK = (dp_nHK.sub_(delta_NH1[chunk]).mul_(p_nHK).mul_(ctx.scale)).to(dtype)
-            dq_NHE[chunk] = torch.bmm(ds_nHK, kv_nKE)
+            torch.bmm(ds_nHK, kv_nKE, out=dq_NHE[chunk])
             dkv_nKE = torch.bmm(ds_nHK.transpose(1, 2), q_NHE[chunk])
-            dkv_nKE[..., : ctx.value_size] += torch.bmm(p_nHK.to(dtype).transpose(1, 2), do_nHR)
+            dkv_nKE.baddbmm_(p_nHK.to(dtype).transpose(1, 2), do_NHE[chunk])
             slots = slots_NK[chunk].clamp(min=0).view(-1)  # what stands in for none gets exact zeros
             dentries_SE.index_add_(0, slots, dkv_nKE.flatten(0, 1).to(dentries_SE.dtype))
         return dq_NHE, dentries_SE.to(entries_SE.dtype), None, None, None

@@ -8,8 +8,8 @@ heads in registers. In fast mode it is added to memory atomically, in fp32; in d
 down in the inputs' dtype, and `_sum_kernel` adds the rows of each entry up in the order of the queries, in fp32.
 P and dS pass through memory in the inputs' dtype, the type in which they enter the products anyway.
 
-Adding to memory is bound by the L2 cache, the products by the tensor cores: two chunks of queries are under way,
-so that the one hides behind the other. Definition: reference.sparse_mla. Next: README.md.
+Adding to memory is bound by the L2 cache, the products by the tensor cores: in fast mode two chunks of queries are
+under way, so that the one hides behind the other. Definition: reference.sparse_mla. Next: README.md.
 
 Shape letters as in sparse_mla_triton.py; n queries of a chunk.
 """
@@ -26,10 +26,10 @@ from posttrain.kernels.lanes import Lanes
 from posttrain.kernels.product_triton import dot, interpreted
 from posttrain.kernels.sparse_mla_triton import LOG2E, block, check, fits_gluon, kept, last_kept
 
-WORKSPACE_BYTES = 512 << 20
-"""P and dS of one chunk of queries, one for each lane; also the rows of the deterministic mode."""
+WORKSPACE_BYTES = 1 << 30
+"""P and dS of the chunks of queries under way; in deterministic mode the rows of one chunk."""
 LANES = 2
-"""Chunks under way at the same time."""
+"""Chunks under way at the same time; in deterministic mode one, since their sums have an order."""
 
 
 @dataclass(frozen=True)
@@ -256,27 +256,25 @@ def backward(
     dq_NHE = torch.empty_like(q_NHE)
     G = triton.cdiv(H, min(launch.pairs.heads, block(H)))
     target_NGK = q_NHE.new_empty((N, G, K) if with_target else (1,), dtype=torch.float32)
-    widest = max(2 * H, E) if deterministic else 2 * H
-    rows = max(1, min(N, WORKSPACE_BYTES // (q_NHE.element_size() * K * widest)))
-    count = max(1, min(LANES, triton.cdiv(N, rows)))
-    works = [q_NHE.new_empty(rows, K, 2 * H) for _ in range(count)]
-    # In deterministic mode one for each lane: what two add to one at the same time comes in any order.
-    dkvs = [q_NHE.new_zeros(S, E, dtype=torch.float32) for _ in range(count if deterministic else 1)]
+    count = 1 if deterministic else LANES
+    bytes_per_query = q_NHE.element_size() * K * (E if deterministic else 2 * H * count)
+    rows = max(1, min(N, WORKSPACE_BYTES // bytes_per_query))
+    works = [q_NHE.new_empty(rows, K, 2 * H) for _ in range(min(count, triton.cdiv(N, rows)))]
+    dkv_SE = q_NHE.new_zeros(S, E, dtype=torch.float32)
     if N:
         _delta_kernel[(triton.cdiv(N * H, 16),)](o_NHR, do_NHR, delta_NH, N * H, R=R, BR=block(R), ROWS=16)
     this = _Pass(q_NHE, entries_SE, slots_NK, do_NHR, lse_NH, delta_NH, scale, launch)
-    lanes = Lanes(q_NHE.device, count)
+    lanes = Lanes(q_NHE.device, len(works))
     for chunk, first in enumerate(range(0, N, rows)):
-        work_nK2H = works[chunk % count][: N - first]
-        with lanes.lane(chunk % count):
+        work_nK2H = works[chunk % len(works)][: N - first]
+        with lanes.lane(chunk % len(works)):
             _pairs(this, work_nK2H, target_NGK, first, with_target=with_target)
             if deterministic:
-                _add_in_order(this, work_nK2H, dkvs[chunk % count], first)
+                _add_in_order(this, work_nK2H, dkv_SE, first)
             else:
-                _dkv(this, work_nK2H, dkvs[0], first, rows=False)
+                _dkv(this, work_nK2H, dkv_SE, first, rows=False)
             _dq(this, work_nK2H, dq_NHE, first)
     lanes.join()
-    dkv_SE = dkvs[0] if len(dkvs) == 1 else torch.stack(dkvs).sum(0)
     return dq_NHE, dkv_SE, target_NGK.sum(1) / H if with_target else None
 
 

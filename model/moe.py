@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 
+from posttrain.kernels.experts import run_experts as run_each
 from posttrain.kernels.pointwise import swiglu
 from posttrain.model.context import Context
 
@@ -61,44 +62,25 @@ def _gate_weights(scores_TX: Tensor, experts_TE: Tensor, gate: hf.DeepseekV32Top
     weights_TE = scores_TX.gather(1, experts_TE)
     if gate.norm_topk_prob:
         weights_TE = weights_TE / (weights_TE.sum(-1, keepdim=True) + 1e-20)
-    return weights_TE * gate.routed_scaling_factor
-
-
-def run_each(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Weighted sum of each token's experts: (token, expert) pairs sorted by expert, one product per expert.
-
-    gate_up is [X, D, 2 F], down [X, F, D].
-    """
-    expert_S = experts_TE.reshape(-1)
-    order_S = expert_S.argsort(stable=True)
-    load = torch.bincount(expert_S, minlength=len(gate_up)).tolist()
-    outputs = []
-    inputs = x_TD.index_select(0, order_S // experts_TE.shape[1]).split(load)
-    for x, gate_up_DF, down_FD in zip(inputs, gate_up, down, strict=True):
-        gate, up = (x @ gate_up_DF).chunk(2, dim=-1)
-        outputs.append(swiglu(gate, up) @ down_FD)
-    back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=x_TD.device))
-    return _weighted(torch.cat(outputs).index_select(0, back_S), weights_TE)
+    return weights_TE if gate.routed_scaling_factor == 1 else weights_TE * gate.routed_scaling_factor
 
 
 def run_padded(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same in one batched product over all experts, each padded to the largest load."""
-    num_experts, per_token = len(gate_up), experts_TE.shape[1]
-    expert_S = experts_TE.reshape(-1)
-    rank_SX = (expert_S[:, None] == torch.arange(num_experts, device=x_TD.device)).cumsum(0)
-    most = int(rank_SX[-1].max())
-    slot_S = expert_S * most + (rank_SX.gather(1, expert_S[:, None])[:, 0] - 1)
-    padded_SD = x_TD.new_zeros(num_experts * most, x_TD.shape[1])
-    padded_SD.index_copy_(0, slot_S, x_TD.repeat_interleave(per_token, 0))
-    gate, up = torch.bmm(padded_SD.view(num_experts, most, -1), gate_up).chunk(2, dim=-1)
+    """The same in one batched product over all experts, each padded to the largest load. No gradients."""
+    num_experts, (num_tokens, per_token) = len(gate_up), experts_TE.shape
+    chosen_TX = experts_TE.new_zeros(num_tokens, num_experts).scatter_(1, experts_TE, 1)
+    rank_TX = chosen_TX.cumsum(0)
+    most = int(rank_TX[-1].max())
+    slot_TE = (rank_TX - 1).gather(1, experts_TE).add_(experts_TE, alpha=most)
+    token_T1 = torch.arange(num_tokens, device=x_TD.device)[:, None]
+    # Slots without a token compute the first one once more; nobody reads them.
+    token_S = experts_TE.new_zeros(num_experts * most)
+    token_S.index_copy_(0, slot_TE.view(-1), token_T1.expand(-1, per_token).reshape(-1))
+    padded = x_TD.index_select(0, token_S).view(num_experts, most, -1)
+    gate, up = torch.bmm(padded, gate_up).chunk(2, dim=-1)
     out_SD = torch.bmm(swiglu(gate, up), down).flatten(0, 1)
-    return _weighted(out_SD.index_select(0, slot_S), weights_TE)
-
-
-def _weighted(out_SD: Tensor, weights_TE: Tensor) -> Tensor:
-    """Sum over each token's experts, their outputs one after another."""
-    out_TED = out_SD.view(*weights_TE.shape, -1)
-    return torch.bmm(weights_TE[:, None].to(out_TED.dtype), out_TED)[:, 0]
+    out_TED = out_SD.index_select(0, slot_TE.view(-1)).view(num_tokens, per_token, -1)
+    return out_TED.mul_(weights_TE.to(out_TED.dtype)[..., None]).sum(1)
 
 
 @torch.no_grad()

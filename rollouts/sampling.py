@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def uniforms(seeds_B: NDArray[np.uint64], positions_B: NDArray[np.int64]) -> NDArray[np.float32]:
-    """One number in [0, 1) per row: splitmix64 of the seed and the position."""
+    """One number in [0, 1) per seed and position, which broadcast: splitmix64 of both."""
     with np.errstate(over="ignore"):  # wrapping arithmetic is the algorithm
         x = seeds_B + (positions_B.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -28,7 +28,8 @@ def processed_logprobs(logits_BV: Tensor, temperature: float, top_p: float) -> T
 
     Temperature 0 (greedy) leaves the logits as they are: its log-probs are those of temperature 1.
     """
-    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    scaled_BV = logits_BV.float() if temperature in (0.0, 1.0) else logits_BV.float() / temperature
+    logp_BV = torch.log_softmax(scaled_BV, dim=-1)
     if top_p >= 1.0:
         return logp_BV
     ordered_BV, order_BV = logp_BV.sort(dim=-1, descending=True, stable=True)
@@ -45,6 +46,7 @@ def choose(logp_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> Tensor:
         return logp_BV.argmax(-1)
     cumulative_BV = logp_BV.exp().cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
-    token_B = (cumulative_BV <= uniforms_B[:, None] * total_B1).sum(-1)
-    # Rounding may put the target at the very end: fall back to the last token that adds any mass.
-    return torch.minimum(token_B, (cumulative_BV < total_B1).sum(-1))
+    # Rounding may put the target at the very end: stay below, where the last token that adds any mass is found.
+    below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
+    target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, below_B1)
+    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]

@@ -58,6 +58,7 @@ class TorchEngine:
         self.model = model.eval()
         self.backend = model.backend(backend)
         self.tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_id  # transformers looks it up anew every time
         self.attention: AttentionMode = attention
         self.version = 0
         self.device = next(model.parameters()).device
@@ -74,7 +75,8 @@ class TorchEngine:
     ) -> list[Rollout]:
         """One rollout per request, in order. Requests of one task should stand together: they share a prefill."""
         self.decoder.refresh()
-        prompts = {r.task.id: chat.encode_prompt(self.tokenizer, r.task) for r in requests}
+        tasks = {r.task.id: r.task for r in requests}
+        prompts = {id: chat.encode_prompt(self.tokenizer, task) for id, task in tasks.items()}
         done: dict[int, Rollout] = {}
         for start in range(0, len(requests), max_rows):
             rows = [
@@ -127,7 +129,8 @@ class _Wave:
         self.logprobs_BL = np.zeros((len(rows), self.capacity), np.float32)
         self.lengths_B = np.array([len(r.prompt) for r in rows])
         self.limits_B = self.lengths_B + [r.request.max_new_tokens for r in rows]
-        self.seeds_B = np.array([r.request.seed % 2**64 for r in rows], np.uint64)
+        seeds_B1 = np.array([[r.request.seed % 2**64] for r in rows], np.uint64)
+        self.uniforms_BL = sampling.uniforms(seeds_B1, np.arange(self.capacity + 1))
         self.alive_B = np.ones(len(rows), bool)
         for i, row in enumerate(rows):
             self.tokens_BL[i, : len(row.prompt)] = row.prompt
@@ -194,7 +197,8 @@ class _Wave:
     def _extend(self, logits_BV: Tensor) -> None:
         """Append one token to every row that is alive: sampled, or forced by a tool result."""
         settings = self.settings
-        uniform_B = sampling.uniforms(self.seeds_B, self.lengths_B)
+        # Of rows that have stopped, too; a full one's length is the capacity.
+        uniform_B = self.uniforms_BL[np.arange(len(self.rows)), self.lengths_B]
         logp_BV = sampling.processed_logprobs(logits_BV, settings.temperature, settings.top_p)
         chosen = sampling.choose(
             logp_BV, torch.from_numpy(uniform_B).to(logp_BV.device), greedy=settings.temperature == 0
@@ -211,7 +215,7 @@ class _Wave:
         self.sampled_BL[live, at] = sampled_B[live]
         self.logprobs_BL[live, at] = logp_B[live]
         self.lengths_B[live] += 1
-        ended_B = sampled_B & (token_B == self.engine.tokenizer.eos_token_id) & (not settings.ignore_eos)
+        ended_B = sampled_B & (token_B == self.engine.eos_token_id) & (not settings.ignore_eos)
         full_B = self.lengths_B >= self.limits_B
         ended = [int(i) for i in live[ended_B[live]]]
         stops = dict(zip(ended, self._end_turns(ended), strict=True))
@@ -276,7 +280,8 @@ class _Wave:
         """Drop finished rows from the batch and the cache."""
         keep = np.flatnonzero(self.alive_B)
         self.rows = [self.rows[i] for i in keep]
-        for name in ("tokens_BL", "sampled_BL", "logprobs_BL", "lengths_B", "limits_B", "seeds_B", "alive_B"):
+        names = ("tokens_BL", "sampled_BL", "logprobs_BL", "lengths_B", "limits_B", "uniforms_BL", "alive_B")
+        for name in names:
             setattr(self, name, getattr(self, name)[keep])
         self.cache.select(torch.from_numpy(keep).to(self.engine.device))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from posttrain.kernels import pointwise, reference, sparse_mla
+from posttrain.kernels import experts, pointwise, reference, sparse_mla
 
 LENGTHS, H, R, P, K, SCALE = [11, 1, 23, 4], 3, 7, 4, 5, 0.3
 
@@ -96,5 +96,35 @@ def test_swiglu_is_silu_times_up() -> None:
         torch.autograd.grad(ours, (gate, up), grad),
         torch.autograd.grad(theirs, (gate, up), grad),
         strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def _one_expert_at_a_time(x: torch.Tensor, chosen: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """The definition of run_experts, token by token."""
+    weights, gate_up, down = rest
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros_like(x[0])
+        for e, weight in zip(chosen[t].tolist(), weights[t], strict=True):
+            gate, up = (x[t] @ gate_up[e]).chunk(2)
+            row = row + weight * ((F.silu(gate) * up) @ down[e])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def test_experts_are_their_definition() -> None:
+    """Values and all gradients; the third expert gets no token, the matrices come transposed as in the model."""
+    chosen = torch.tensor([[0, 1], [3, 0], [1, 0], [0, 3], [1, 3]])
+    x, weights = _random(5, 7, seed=0).requires_grad_(), _random(5, 2, seed=1).requires_grad_()
+    gate_up, down = (_random(4, *shape, seed=2).requires_grad_() for shape in ((6, 7), (7, 3)))
+    inputs = (x, weights, gate_up, down)
+    matrices = gate_up.transpose(1, 2), down.transpose(1, 2)
+    ours = experts.run_experts(x, chosen, weights, *matrices)
+    wanted = _one_expert_at_a_time(x, chosen, weights, *matrices)
+    torch.testing.assert_close(ours, wanted)
+    grad = _random(5, 7, seed=3)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
     ):
         torch.testing.assert_close(a, b)

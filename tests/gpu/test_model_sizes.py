@@ -20,7 +20,7 @@ def _model() -> DeepseekV32ForCausalLM:
     config = DeepseekV32Config(
         vocab_size=512, hidden_size=512, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=64, num_key_value_heads=64, n_shared_experts=1, n_routed_experts=4,
-        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=512,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2, kv_lora_rank=512,
         q_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
         max_position_embeddings=32768, initializer_range=0.05, index_topk=2048, index_n_heads=64,
         index_head_dim=128, bos_token_id=None, eos_token_id=1, pad_token_id=0,
@@ -53,13 +53,18 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("loss", ["none", "sparse"])
 @pytest.mark.parametrize("dense_rows", [False, True])
-def test_the_backends_agree(loss: str, dense_rows: bool) -> None:
-    """A key in a hundred thousand is chosen differently where scores round differently; gradients stay close."""
+def test_the_kernels_err_at_most_twice_as_much_as_torch_in_bf16(loss: str, dense_rows: bool) -> None:
+    """Errors against torch in fp32. Without experts: a token that rounding sends to another one says nothing."""
     model = _model()
-    wanted = _run(model, TORCH, indexer_loss=loss)
+    rough = _run(model, TORCH, indexer_loss=loss)
     ours = _run(model, dataclasses.replace(TRITON, dense_rows=dense_rows), indexer_loss=loss)
-    assert ours.keys() == wanted.keys()
-    far = {name: d for name in wanted if (d := _distance(ours[name], wanted[name])) > 0.05}
+    exact = _run(model.float(), TORCH, indexer_loss=loss)
+    assert ours.keys() == rough.keys() == exact.keys()
+    far = {
+        name: (error, allowed)
+        for name, true in exact.items()
+        if (error := _distance(ours[name], true)) > 2 * (allowed := _distance(rough[name], true)) + 2**-8
+    }
     assert not far, far
 
 

@@ -78,8 +78,10 @@ def test_error_is_at_most_twice_that_of_bf16_per_tensor_and_row(
         error, allowed = (ours[name].double() - true).flatten(1), (rough[name].double() - true).flatten(1)
         assert error.norm() <= 2 * allowed.norm(), name
         rows = true.flatten(1).norm(dim=1)
-        # A row that bf16 happens to get right may still be off by bf16's own step, 2^-8.
-        assert (error.norm(dim=1) <= 2 * allowed.norm(dim=1) + 2**-8 * rows).all(), name
+        # A row that bf16 happens to get right may still be off by bf16's own step, 2^-8; where terms cancel, as
+        # with one kept key, by that of fp32 times the terms, which are of the size of other rows.
+        floor = 2**-8 * rows + 2**-20 * rows.square().mean().sqrt()
+        assert (error.norm(dim=1) <= 2 * allowed.norm(dim=1) + floor).all(), name
     assert ours["o"][3].eq(0).all() and ours["dq"][3].eq(0).all() and ours["lse"][3].eq(float("-inf")).all()
 
 
@@ -117,7 +119,7 @@ def test_a_query_has_the_same_bits_alone_in_a_pack_and_in_another_chunk(
     )
     slots = _slots(num, keys)
     together = _ours(q, kv, slots, do, deterministic=False)
-    monkeypatch.setattr(backward, "WORKSPACE_BYTES", 2 * 2 * heads * KEPT * 7)  # seven queries at a time
+    monkeypatch.setattr(backward, "WORKSPACE_BYTES", 2 * 2 * 2 * heads * KEPT * 7)  # seven queries at a time
     chunked = _ours(q, kv, slots, do, deterministic=False)
     for row in (9, 49):
         alone = _ours(
