@@ -1,4 +1,4 @@
-"""The shipped environments: gold scores 1 and junk 0 in every one, hostile calls reach nothing; the small worlds."""
+"""The shipped environments: gold scores 1 and junk 0 in every one, hostile calls reach nothing; the small world's SQL."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from posttrain.rollouts import chat, toolbox
 from posttrain.rollouts.deepseek_chat import Call
 from posttrain.rollouts.environment import play, replay
 from posttrain.schema import RewardFn, Rollout, Task
-from posttrain.toy import pages, records
+from posttrain.toy import records
 
 # ---- the shipped environments ----
 
@@ -305,25 +305,20 @@ def test_the_interpreter_shows_what_a_program_does(
     assert expected in shown
 
 
-# ---- the small worlds ----
+# ---- the small world's SQL ----
 
 
-@pytest.mark.parametrize("world", [records, pages], ids=["sql", "search"])
-def test_demonstrations_of_the_small_world_need_no_unknown_word(world: ModuleType) -> None:
+def test_demonstrations_of_the_small_world_need_no_unknown_word() -> None:
     rng, right = Random(0), 0.0
-    for task in world.tasks(seed=2, n=60):
-        messages = world.demonstrate(task, rng)
+    for task in records.tasks(seed=2, n=60):
+        messages = records.demonstrate(task, rng)
         tokens, _ = chat.encode_with_mask(TOKENIZER, [*task.messages, *messages])
         assert TOKENIZER.unk_token_id not in tokens
         turns = [m["content"] for m in messages if m["role"] == "assistant"]
-        rollout = play(world.start, task, _script(*turns), seed=0, max_turns=9)
+        rollout = play(records.start, task, _script(*turns), seed=0, max_turns=9)
         assert [m["content"] for m in rollout.messages] == [m["content"] for m in messages]
-        (score,) = (tools.state if "goal" in task.meta else tools.outcome)(task, [rollout])
-        right += score or 0.0
+        right += tools.state(task, [rollout])[0] or 0.0
     assert 20 <= right <= 45, "flawed on purpose"
-
-
-# ---- the small world's SQL ----
 
 
 def test_statements_of_the_small_world_are_carried_out() -> None:
@@ -362,26 +357,3 @@ def test_other_turns_of_the_small_world(turn: str, result: list[str] | None) -> 
     episode = records.start(next(records.tasks(seed=1, n=1)), 0)
     assert episode.step(turn) == result
     episode.close()
-
-
-# ---- the small world's search ----
-
-
-def test_pages_of_the_small_world_are_found_and_read() -> None:
-    for task in pages.tasks(seed=1, n=9):
-        path = task.meta["path"]
-        calls = [f"<call> search {task.meta['thing']} </call>"]
-        calls += [f"<call> open {name} </call>" for name in path[:-1]]
-        gold = play(pages.start, task, _script(*calls, f"answer {path[-1]}"), seed=0, max_turns=9)
-        assert gold.messages[1]["content"] == path[0]
-        assert gold.outcome == {"opened": path[:-1]}
-        guess = play(pages.start, task, _script(f"answer {path[-1]}"), seed=0, max_turns=9)
-        early = play(pages.start, task, _script(*calls, f"answer {path[0]}"), seed=0, max_turns=9)
-        assert tools.outcome(task, [gold, guess, early]) == [1, 0, 0]
-
-
-@pytest.mark.parametrize(
-    "call", ["<call> search xyz </call>", "<call> open xyz </call>", "<call> open ann", "<call>"]
-)
-def test_other_calls_of_the_small_world_are_errors(call: str) -> None:
-    assert pages.start(next(pages.tasks(seed=1, n=1)), 0).step(call) == ["error"]

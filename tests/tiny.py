@@ -15,7 +15,7 @@ from posttrain.schema import Sample
 from posttrain.toy import tokenizer
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 225,
+    "vocab_size": 214,
     "hidden_size": 40,
     "intermediate_size": 56,
     "moe_intermediate_size": 24,

@@ -29,8 +29,7 @@ def vocabulary() -> list[str]:
     words += ["use", "tool", "who", "is", "of", "error", *lookup.RELATIONS, *lookup.NAMES]
     words += ["say", "in", "capitals", "small", "times", "okay", *phrases.WORDS]
     lexicon = [word for language in phrases.WORDS.values() for word in language]
-    sql = "sql set to select from people where id update done search open".split()
-    return list(dict.fromkeys([*SPECIAL, *MARKS, *words, *lexicon, *(w.upper() for w in lexicon), *sql]))
+    return list(dict.fromkeys([*SPECIAL, *MARKS, *words, *lexicon, *(w.upper() for w in lexicon)]))
 
 
 def build() -> PreTrainedTokenizerFast:
