@@ -229,15 +229,15 @@ class Loss(Model):
     clip: float = Field(0.2, gt=0)
     """Epsilon of the ratio clip, below 1 and, without clip_high, above; larger trusts stale samples more."""
     clip_high: float | None = Field(None, gt=0)
-    """Epsilon above 1 (DAPO 3.1: 0.28); None = clip, the symmetric clip of V3.2 Eq. 5."""
+    """Epsilon above 1 (DAPO 3.1: 0.28), the only one of "cispo"; None = clip, the symmetric clip of V3.2 Eq. 5."""
     kl: Literal["none", "k1", "k2", "k3", "unbiased"] = "unbiased"
     """KL estimator, times the domain's kl_coef. "unbiased" is V3.2 Eq. 7; "k3" the original GRPO's; "k1" has a zero
     expected gradient; "none" ignores kl_coef and keeps no reference model."""
     offpolicy_delta: float | None = Field(None, gt=0)
     """Off-policy sequence mask (V3.2 Eq. 9): threshold on mean log(pi_engine / pi); None = off."""
     correction: Literal["none", "truncate", "mask"] = "none"
-    """What the learner's old policy differs from the engine's (rounding, kernels) weighs the policy term by
-    w = pi_old / pi_engine: "truncate" min(w, cap) (TIS), "mask" w inside [1 / cap, cap] and 0 outside (MIS)."""
+    """Corrects the policy term for drawing tokens from the engine (other kernels, other rounding) by the weight
+    w = pi_old / pi_engine: "truncate" min(w, C) (TIS), "mask" w inside [1 / C, C] and 0 outside (MIS)."""
     correction_cap: float = Field(2.0, ge=1)
     """C of the correction; larger corrects more and is noisier. V3.2 has no such correction."""
     entropy_coef: float = Field(0.0, ge=0)
