@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from test_environments import QUESTION, _script, _turn, _with_outcome, count
 from test_tasks import _jsonl
+from tokenizers import AddedToken
 
 from posttrain.envs import corpus, database, interpreter, packages, repair, shop, wiki
 from posttrain.rewards import bubblewrap, tools
@@ -311,7 +312,7 @@ def test_the_interpreter_shows_what_a_program_does(
 
 def test_demonstrations_of_the_small_world_need_no_unknown_word() -> None:
     rng, right, tokenizer = Random(0), 0.0, build()
-    tokenizer.add_tokens(records.WORDS)
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in records.WORDS])
     for task in records.tasks(seed=2, n=60):
         messages = records.demonstrate(task, rng)
         tokens, _ = chat.encode_with_mask(tokenizer, [*task.messages, *messages])
