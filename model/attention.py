@@ -55,7 +55,8 @@ class DsaAttention(hf.DeepseekV32Attention):
             with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
                 q_index_TJI, k_index_TI, w_TJ = self.indexer(x_TD, latent_TC, rope)
         if by_triton and (sparse or warmup):
-            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ * self.indexer.head_dim**-0.5)
+            kept_TK = None if context.replay_kept is None else context.replay_kept[self.layer_idx]
+            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ * self.indexer.head_dim**-0.5, kept_TK)
         if context.diagnose or ((sparse or warmup) and not by_triton):
             scores_BQL = self._index_scores(q_index_TJI, k_index_TI, w_TJ, context)
             absorbed_THE = torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1)
@@ -87,7 +88,10 @@ class DsaAttention(hf.DeepseekV32Attention):
 
     def _sparse(self, q_THE: Tensor, entries_TE: Tensor, scores_BQL: Tensor, context: Context) -> Tensor:
         with torch.no_grad():
-            kept_BQK = reference.select_topk(scores_BQL, context.mask(), self.index_topk)
+            if context.replay_kept is None:
+                kept_BQK = reference.select_topk(scores_BQL, context.mask(), self.index_topk)
+            else:  # Keep Top-k: the engine's choice
+                kept_BQK = context.grid(context.replay_kept[self.layer_idx].long())
         o_THR, p_TK = sparse_mla(
             q_THE,
             context.slotted(self.layer_idx, "entries", entries_TE),
@@ -156,7 +160,11 @@ class DsaAttention(hf.DeepseekV32Attention):
         from posttrain.kernels import dsa  # triton exists on Linux only
 
         index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
-        slots_TK = dsa.select(index, ranges, self.index_topk)
+        if rows.kept_TK is None:
+            slots_TK = dsa.select(index, ranges, self.index_topk)
+        else:  # Keep Top-k: the engine's choice
+            kept_TK = rows.kept_TK.int()
+            slots_TK = torch.where(kept_TK < 0, kept_TK, kept_TK + ranges.begin_N[:, None])
         o_THR, kl = dsa.attend(
             torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1),
             entries_SE,
@@ -241,10 +249,12 @@ class _Rows:
     q_index_TJI: Tensor
     w_TJ: Tensor
     """With every factor."""
+    kept_TK: Tensor | None
+    """Positions in the document to keep instead of the indexer's choice."""
 
     def select(self, at: Tensor) -> "_Rows":
-        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ)
-        return _Rows(*(part.index_select(0, at) for part in parts))
+        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ, self.kept_TK)
+        return _Rows(*(part if part is None else part.index_select(0, at) for part in parts))  # type: ignore[arg-type]  # only kept_TK may be None
 
 
 def _has_dense_rows(context: Context) -> bool:

@@ -57,6 +57,7 @@ class Context(Protocol):
     query_positions_BQ: Tensor
     records: dict[int, LayerRecord]
     replay_experts: dict[int, Tensor] | None
+    replay_kept: dict[int, Tensor] | None
 
     def grid(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [B, Q, ...]."""
@@ -132,6 +133,10 @@ class _Base:
     """Leave kept_BQK in the records (the torch backend, which has it anyway, always does)."""
     records: dict[int, LayerRecord] = field(default_factory=dict)
     replay_experts: dict[int, Tensor] | None = None
+    """Per MoE layer [T, E], any integer type: experts to use instead of the router's choice, in rows without -1."""
+    replay_kept: dict[int, Tensor] | None = None
+    """Per layer [T, K], any integer type: positions in the document, ascending, -1 = none at the end, to use instead
+    of the indexer's top-k. Rows that could keep all their keys must do so."""
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     _mask: Tensor | None = None

@@ -28,7 +28,8 @@ class DsaMoE(hf.DeepseekV32MoE):
         weights_TE, experts_TE = route(logits_TX, self.gate)
         if context.replay_experts is not None:
             # Keep Routing (V3.2 3.1): the engine's choice, gates from the current weights.
-            experts_TE = context.replay_experts[self.layer_idx]
+            replayed_TE = context.replay_experts[self.layer_idx].long()
+            experts_TE = torch.where(replayed_TE < 0, experts_TE, replayed_TE)
             weights_TE = _gate_weights(logits_TX.sigmoid(), experts_TE, self.gate)
         record = context.record(self.layer_idx)
         record.experts_TE = experts_TE

@@ -88,6 +88,11 @@ class Optimizer(Model):
     """Share of the steps after which the rate falls linearly to zero; 1 = constant."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm is clipped here, separately for model and indexers."""
+    spike_factor: float | None = Field(None, gt=1)
+    """Skip a step whose gradient norm, of model or indexers, is more than this times the median of the last
+    spike_window steps; None = off. Steps that are not finite are always skipped."""
+    spike_window: int = Field(64, ge=8)
+    """Steps that the median is taken over; the guard begins after 8."""
 
 
 class Arch(Model):
@@ -197,19 +202,74 @@ class Mix(Model):
     """Factor on the domain's loss."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL to the stage's starting policy (V3.2 3.1: domains differ, mathematics may use 0)."""
+    clip: float | None = Field(None, gt=0)
+    """The domain's own loss.clip."""
+    clip_high: float | None = Field(None, gt=0)
+    """The domain's own loss.clip_high; with `clip` alone, the domain's clip is symmetric."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Length budget in this stage; None = the domain's."""
+    overlong_buffer: int = Field(0, ge=0)
+    """The reward falls in a straight line by 1 over the last so many tokens of the budget (DAPO Eq. 13: 4096 of
+    20480); 0 = off. Changes the advantage, never the score that is reported."""
 
 
 class Loss(Model):
-    """The GRPO objective (V3.2 Eq. 5 to 9)."""
+    """The policy loss: V3.2's form of GRPO (Eq. 5 to 9) unless told otherwise; loss.py has the equations.
 
+    Dr.GRPO (arXiv 2503.20783, 3.2) is norm = "constant". DAPO (arXiv 2503.14476) is clip_high = 0.28,
+    norm = "token", divide_by_std = true, with the stage's refill_rounds and the mix's overlong_buffer.
+    """
+
+    policy: Literal["grpo", "gspo", "cispo"] = "grpo"
+    """"grpo" clips a ratio per token (V3.2 Eq. 5), "gspo" one per sequence (GSPO, arXiv 2507.18071, Eq. 5 and 7);
+    "cispo" makes the cut ratio a constant weight of the log-prob (MiniMax-M1, arXiv 2506.13585, Eq. 4)."""
+    old_policy: Literal["engine", "recomputed"] = "engine"
+    """Under what the ratio's pi_old is: the engine's log-probs, so that its rounding counts as staleness, or the
+    learner's own, made anew before the first update."""
     clip: float = Field(0.2, gt=0)
-    """Epsilon of the symmetric ratio clip."""
-    kl: Literal["unbiased", "k3"] = "unbiased"
-    """KL estimator; "unbiased" is V3.2 Eq. 7."""
+    """Epsilon of the ratio clip, below 1 and, without clip_high, above; larger trusts stale samples more."""
+    clip_high: float | None = Field(None, gt=0)
+    """Epsilon above 1 (DAPO 3.1: 0.28); None = clip, the symmetric clip of V3.2 Eq. 5."""
+    kl: Literal["none", "k1", "k2", "k3", "unbiased"] = "unbiased"
+    """KL estimator, times the domain's kl_coef. "unbiased" is V3.2 Eq. 7; "k3" the original GRPO's; "k1" has a zero
+    expected gradient; "none" ignores kl_coef and keeps no reference model."""
     offpolicy_delta: float | None = Field(None, gt=0)
-    """Off-policy sequence mask (V3.2 Eq. 9): threshold on mean log(pi_old / pi); None = off."""
-    norm: Literal["sequence", "token"] = "sequence"
-    """"sequence": the paper's 1/G and 1/|o|; "token": one sum over all valid tokens of the step."""
+    """Off-policy sequence mask (V3.2 Eq. 9): threshold on mean log(pi_engine / pi); None = off."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """What the learner's old policy differs from the engine's (rounding, kernels) weighs the policy term by
+    w = pi_old / pi_engine: "truncate" min(w, cap) (TIS), "mask" w inside [1 / cap, cap] and 0 outside (MIS)."""
+    correction_cap: float = Field(2.0, ge=1)
+    """C of the correction; larger corrects more and is noisier. V3.2 has no such correction."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus; larger keeps the policy broader. V3.2 has none."""
+    norm: Literal["sequence", "token", "constant"] = "sequence"
+    """"sequence": the paper's 1/G and 1/|o|; "token": one sum over all valid tokens of the step (DAPO Eq. 12);
+    "constant": 1/G and 1 / length budget (Dr.GRPO), so that long answers count by their length."""
+    divide_by_std: bool = False
+    """Divide advantages by the group's standard deviation (DeepSeekMath 4.1.2); V3.2 and Dr.GRPO do not."""
+
+    @model_validator(mode="after")
+    def _correction_has_an_old_policy(self) -> Self:
+        if self.correction != "none" and self.old_policy == "engine":
+            raise ValueError(
+                f'correction="{self.correction}" with old_policy="engine": the ratio already is against the '
+                'engine; set old_policy = "recomputed" or correction = "none"'
+            )
+        return self
+
+
+class Keep(Model):
+    """What the learner takes over from the engine instead of choosing anew; for policy, old policy and reference."""
+
+    routing: bool = False
+    """Keep Routing (V3.2 3.1): the engine's experts, gates from the current weights. 2 bytes per token, MoE layer
+    and chosen expert."""
+    sampling_mask: bool = True
+    """Keep Sampling Mask (V3.2 3.1): log-probs over the tokens that top-p or top-k left. 4 bytes per token left;
+    costs nothing where nothing is cut."""
+    topk: bool = False
+    """Keep Top-k: the cache entries that the engine's indexers chose. 2 or 4 bytes per token, layer and entry:
+    about 500 kB per token at 61 layers of 2048 (GLM-5 3.2 finds that impractical and relies on equal kernels)."""
 
 
 class Rollouts(Model):
@@ -218,12 +278,11 @@ class Rollouts(Model):
     engine: Literal["torch", "fake"] = "torch"
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens whose mass reaches this; smaller is narrower."""
+    top_k: int = Field(0, ge=0)
+    """Sample from at most so many tokens; 0 = no limit. Bounds the memory of keep.sampling_mask."""
     max_rows: int = Field(256, ge=1)
     """Sequences decoded at the same time by one actor."""
-    record_kept: bool = False
-    """Keep the selected cache entries of every token (large)."""
-    record_experts: bool = False
-    """Keep the experts chosen for every token."""
 
 
 class Rl(_Stage):
@@ -240,7 +299,11 @@ class Rl(_Stage):
     """Optimizer steps per batch of rollouts; more than 1 is off-policy."""
     optimizer: Optimizer
     loss: Loss = Loss()
-    indexer: Literal["frozen", "train"] = "frozen"
+    keep: Keep = Keep()
+    refill_rounds: int = Field(0, ge=0)
+    """Rounds in which groups of equal rewards are replaced by groups of fresh tasks of the same domain (DAPO 3.2,
+    dynamic sampling); more make steps fuller and longer; 0 = off."""
+    indexer: Literal["freeze", "train"] = "freeze"
     """"train": the indexer follows its KL over the selected set during RL (GLM-5 3.2 freezes it)."""
     balance_speed: float = Field(0.0, ge=0)
     min_signal: float = Field(0.05, ge=0, le=1)
@@ -366,8 +429,19 @@ class Run(Model):
                         f"stage {stage.name!r}: unknown domain {domain!r}; "
                         f"known: {', '.join(sorted(domains)) or 'none'}"
                     )
+            if isinstance(stage, Rl):
+                self._buffers_fit(stage)
             before.append(stage.name)
         return self
+
+    def _buffers_fit(self, stage: Rl) -> None:
+        for name, part in stage.mix.items():
+            budget = part.max_new_tokens or self.domain(name).max_new_tokens
+            if part.overlong_buffer > budget:
+                raise ValueError(
+                    f"stage {stage.name!r}: mix.{name}.overlong_buffer={part.overlong_buffer} is more than the "
+                    f"length budget, {budget}"
+                )
 
 
 def sources(stage: Stage) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from posttrain.config import Mix, Rollouts
+from posttrain.config import Keep, Mix, Rollouts
 from posttrain.domains import Domain
 from posttrain.ledger import StageLedger
 from posttrain.model.checkpoint import attention_of
@@ -36,14 +36,16 @@ class GroupPlan:
         return [f"{self.task.id}#{self.epoch}.{r.index}" for r in self.requests]
 
 
-def plan(domain: Domain, task: Task, count: int, *, seed: int, epoch: int = 0) -> GroupPlan:
-    """`count` completions of a task."""
+def plan(
+    domain: Domain, task: Task, count: int, *, seed: int, epoch: int = 0, budget: int | None = None
+) -> GroupPlan:
+    """`count` completions of a task, of at most `budget` tokens; None = the domain's own budget."""
     requests = tuple(
         Request(
             task=task,
             index=i,
             seed=sample_seed(seed, epoch, task.id, i),
-            max_new_tokens=domain.cfg.max_new_tokens,
+            max_new_tokens=budget or domain.cfg.max_new_tokens,
             max_turns=domain.cfg.max_turns,
             environment=domain.environment,
         )
@@ -64,13 +66,15 @@ def pool_setup(checkpoint: Path, cfg: Rollouts) -> PoolSetup:
     return PoolSetup(checkpoint=checkpoint, attention=attention, engine=cfg.engine, max_rows=cfg.max_rows)
 
 
-def sampling(cfg: Rollouts) -> Sampling:
-    """How training and distillation sample."""
+def sampling(cfg: Rollouts, keep: Keep | None = None) -> Sampling:
+    """How training and distillation sample; with keep, the engine records what the learner is to take over."""
     return Sampling(
         temperature=cfg.temperature,
         top_p=cfg.top_p,
-        record_kept=cfg.record_kept,
-        record_experts=cfg.record_experts,
+        top_k=cfg.top_k,
+        record_kept=keep is not None and keep.topk,
+        record_experts=keep is not None and keep.routing,
+        record_mask=keep is not None and keep.sampling_mask and (cfg.top_p < 1 or cfg.top_k > 0),
     )
 
 
@@ -92,7 +96,11 @@ class TaskOrder:
             name = max(self._credit, key=lambda n: self._credit[n])
             self._credit[name] -= 1
             counts[name] += 1
-        return [next(self._streams[name]) for name, count in counts.items() for _ in range(count)]
+        return self.more([name for name, count in counts.items() for _ in range(count)])
+
+    def more(self, domains: Sequence[str]) -> list[tuple[Domain, Task, int]]:
+        """Domain, task and epoch of the next task of each domain named."""
+        return [next(self._streams[name]) for name in domains]
 
 
 def generate(

@@ -1,11 +1,13 @@
 """The learner: one model, one optimizer, language-model steps and GRPO steps on packed batches.
 
 A plain class; cluster.py makes it a Ray actor. Gradients of all micro-batches of a step are summed, with
-every weight fixed beforehand (packing.py). Left out here: sharding over several GPUs. Next: loss.py.
+every weight fixed beforehand (packing.py). A step that is not finite moves nothing (optimizer.py). Left out here:
+sharding over several GPUs. Next: loss.py.
 
 Shape letters: T tokens of a batch, M valid (predicted) tokens of it, X experts.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,16 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from posttrain import config, loss
+from posttrain import config, logprob, loss
 from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
-from posttrain.model.arch import target_logprobs
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
 from posttrain.model.moe import update_bias
 from posttrain.optimizer import Optimizers
 from posttrain.schema import Batch
 
 Figures = dict[str, float]
+
+MAX_NONFINITE = 3
+"""Steps in a row with a loss or gradient that is not finite, after which training stops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +54,20 @@ class Setup:
     deterministic: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """ValueError where an indexer would silently stay untrained, or its loss be computed for nothing."""
+        trains, has_loss = "indexer" in self.train, self.indexer_loss != "none"
+        if trains != has_loss:
+            raise ValueError(
+                f"train={sorted(self.train)} with indexer_loss={self.indexer_loss!r}: only its KL trains an "
+                "indexer; ask for both or for neither"
+            )
+        if self.indexer_loss == "sparse" and self.attention == "dense":
+            raise ValueError(
+                'indexer_loss="sparse" with attention="dense": nothing is selected, so the indexers would stay '
+                'as they are; use attention="sparse" or indexer_loss="dense"'
+            )
+
 
 @dataclass(slots=True)
 class _Tensors:
@@ -61,7 +79,9 @@ class _Tensors:
     targets_M: Tensor
     weight_M: Tensor
     sequence_M: Tensor
-    num_tokens: int
+    experts_NTE: Tensor | None
+    kept_NTK: Tensor | None
+    kept_ids: logprob.KeptIds | None
 
 
 class Learner:
@@ -80,6 +100,8 @@ class Learner:
         )
         self.version = 0
         self._load: dict[int, Any] = {}
+        self._nonfinite_ids: list[str] = []
+        self._nonfinite_steps = 0
 
     def lm_step(self, batches: Sequence[Batch]) -> Figures:
         """One optimizer step on language-model batches; the indexer's KL is added where it trains.
@@ -90,47 +112,39 @@ class Learner:
         with_lm = "model" in self.setup.train
         for batch in batches:
             tensors = self._tensors(batch)
-            context = self._context(tensors)
+            context = self._context(tensors, self.setup.indexer_loss)
             logp_M = self._logprobs(self.model, tensors, context)
             lm_loss = -(tensors.weight_M * logp_M).sum()
-            sums["loss"] += float(lm_loss.detach())
             total = lm_loss if with_lm else lm_loss.detach()
-            self._backward(total, context, tensors, sums, share=self._share(batch, batches))
+            self._backward(total, lm_loss, batch, context, sums, share=self._share(batches))
         return self._finish(sums, batches)
 
     def grpo_step(
         self, batches: Sequence[Batch], settings: config.Loss, temperature: float
     ) -> tuple[Figures, list[NDArray[np.float32]]]:
-        """One optimizer step of GRPO; also the log-probs [M] of each batch before the update."""
+        """One optimizer step on a policy loss; also the log-probs [M] of each batch before the update.
+
+        What batches carry of the engine's choices (kept entries, experts, sampling mask) replaces the model's own,
+        for the policy and for the reference.
+        """
         seen: list[NDArray[np.float32]] = []
         sums: defaultdict[str, float] = defaultdict(float)
         valid = sum(int(b.mask_T.sum()) for b in batches)
         for batch in batches:
             tensors = self._tensors(batch)
-            context = self._context(tensors)
-            logp_M = self._logprobs(self.model, tensors, context, temperature)
-            seen.append(logp_M.detach().cpu().numpy())
-            objective, figures = loss.grpo(
-                logp_M,
-                self._valid(batch, batch.logprobs_T),
-                self._reference_logprobs(tensors, temperature),
-                advantage_M=self._valid(batch, batch.advantage_T),
-                weight_M=tensors.weight_M,
-                kl_coef_M=self._valid(batch, batch.kl_coef_T),
-                sequence_M=tensors.sequence_M,
-                clip=settings.clip,
-                kl=settings.kl,
-                offpolicy_delta=settings.offpolicy_delta,
-            )
+            context = self._context(tensors, self.setup.indexer_loss)
+            policy = self._policy(tensors, context, temperature, with_entropy=settings.entropy_coef > 0)
+            seen.append(policy[0].detach().cpu().numpy())
+            values = self._values(batch, tensors, policy, settings, temperature)
+            objective, figures = loss.policy_loss(values, settings)
             for name, value in figures.items():
                 sums[name] += float(value) / valid
-            sums["loss"] += float(objective.detach())
-            self._backward(objective, context, tensors, sums, share=self._share(batch, batches))
+            self._backward(objective, objective, batch, context, sums, share=self._share(batches))
         return self._finish(sums, batches), seen
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[NDArray[np.float32]]:
-        """Log-probs of the valid tokens of each batch under the current weights."""
+        """Log-probs of the valid tokens of each batch under the current weights and what the batch replays."""
         tensors = [self._tensors(b) for b in batches]
         return [self._logprobs(self.model, t, self._context(t), temperature).cpu().numpy() for t in tensors]
 
@@ -198,60 +212,127 @@ class Learner:
         write = checkpoint.save_dense if dense else checkpoint.save
         write(self.model, path, tokenizer)
 
-    def _context(self, tensors: _Tensors) -> PackedContext:
-        return PackedContext(
+    def _context(self, tensors: _Tensors, indexer_loss: IndexerLoss = "none") -> PackedContext:
+        """The one way to run a batch: policy, old policy and reference replay the same choices."""
+        context = PackedContext(
             attention=self.setup.attention,
             backend=self.backend,
-            indexer_loss=self.setup.indexer_loss,
+            indexer_loss=indexer_loss,
             cu_seqlens_S=tensors.cu_seqlens_S,
         )
+        if tensors.kept_NTK is not None:
+            context.replay_kept = dict(enumerate(tensors.kept_NTK))
+        if tensors.experts_NTE is not None:
+            layers = sorted(self.model.moe_layers())
+            context.replay_experts = dict(zip(layers, tensors.experts_NTE, strict=True))
+        return context
 
     def _tensors(self, batch: Batch) -> _Tensors:
         device = self.setup.device
         valid_M = np.flatnonzero(batch.mask_T)
         lengths_S = np.diff(batch.cu_seqlens_S)
         sequence_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
+
+        def tensor(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        kept_ids = None
+        if batch.sampling_mask is not None:
+            counts_M = batch.sampling_mask.counts[valid_M]
+            masked_N = np.flatnonzero(counts_M)
+            rows_R = np.repeat(np.arange(len(masked_N)), counts_M[masked_N])
+            ids_R = batch.sampling_mask.ids.astype(np.int64)
+            kept_ids = logprob.KeptIds(tensor(masked_N), tensor(rows_R), tensor(ids_R))
         return _Tensors(
-            tokens_T=torch.from_numpy(batch.tokens_T).to(device),
-            cu_seqlens_S=torch.from_numpy(batch.cu_seqlens_S).to(device),
-            at_M=torch.from_numpy(valid_M - 1).to(device),
-            targets_M=torch.from_numpy(batch.tokens_T[valid_M]).to(device),
-            weight_M=torch.from_numpy(batch.weight_T[valid_M]).to(device),
-            sequence_M=torch.from_numpy(sequence_T[valid_M]).to(device),
-            num_tokens=len(batch.tokens_T),
+            tokens_T=tensor(batch.tokens_T),
+            cu_seqlens_S=tensor(batch.cu_seqlens_S),
+            at_M=tensor(valid_M - 1),
+            targets_M=tensor(batch.tokens_T[valid_M]),
+            weight_M=tensor(batch.weight_T[valid_M]),
+            sequence_M=tensor(sequence_T[valid_M]),
+            experts_NTE=None if batch.experts_NTE is None else tensor(batch.experts_NTE),
+            kept_NTK=None if batch.kept_NTK is None else tensor(batch.kept_NTK),
+            kept_ids=kept_ids,
         )
 
-    def _valid(self, batch: Batch, values_T: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(values_T[batch.mask_T]).to(self.setup.device)
+    def _values(
+        self,
+        batch: Batch,
+        tensors: _Tensors,
+        policy: tuple[Tensor, Tensor | None],
+        settings: config.Loss,
+        temperature: float,
+    ) -> loss.Values:
+        logp_M, entropy_M = policy
+
+        def valid(values_T: NDArray[np.float32]) -> Tensor:
+            return torch.from_numpy(values_T[batch.mask_T]).to(logp_M.device)
+
+        engine_M = valid(batch.logprobs_T)
+        if settings.old_policy == "engine":
+            old_M = engine_M
+        else:  # before the first update the old policy is the current one
+            old_M = logp_M.detach() if batch.old_logprobs_T is None else valid(batch.old_logprobs_T)
+        high = settings.clip if settings.clip_high is None else settings.clip_high
+        clip_S2 = np.where(
+            np.isnan(batch.clip_S2), np.array([settings.clip, high], np.float32), batch.clip_S2
+        )
+        clip_2M = torch.from_numpy(clip_S2).to(logp_M.device)[tensors.sequence_M].T
+        return loss.Values(
+            logp_M=logp_M,
+            engine_M=engine_M,
+            old_M=old_M,
+            ref_M=None if settings.kl == "none" else self._reference_logprobs(tensors, temperature),
+            entropy_M=entropy_M,
+            advantage_M=valid(batch.advantage_T),
+            weight_M=tensors.weight_M,
+            kl_coef_M=valid(batch.kl_coef_T),
+            low_M=clip_2M[0],
+            high_M=clip_2M[1],
+            sequence_M=tensors.sequence_M,
+        )
 
     def _logprobs(
         self, model: Any, tensors: _Tensors, context: PackedContext, temperature: float = 1.0
     ) -> Tensor:
         logits_MV = model(tensors.tokens_T, context, tensors.at_M)
-        return target_logprobs(logits_MV, tensors.targets_M, temperature)
+        return logprob.sampled_logprobs(logits_MV, tensors.targets_M, temperature, tensors.kept_ids)
+
+    def _policy(
+        self, tensors: _Tensors, context: PackedContext, temperature: float, *, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and, if wanted, entropies [M]; the logits are gone on return but for what autograd needs."""
+        if not with_entropy:
+            return self._logprobs(self.model, tensors, context, temperature), None
+        logits_MV = self.model(tensors.tokens_T, context, tensors.at_M)
+        logp_M = logprob.sampled_logprobs(logits_MV, tensors.targets_M, temperature, tensors.kept_ids)
+        return logp_M, logprob.entropy(logits_MV, temperature)
 
     @torch.no_grad()
     def _reference_logprobs(self, tensors: _Tensors, temperature: float) -> Tensor | None:
         if self.reference is None:
             return None
-        context = PackedContext(
-            attention=self.setup.attention, backend=self.backend, cu_seqlens_S=tensors.cu_seqlens_S
-        )
-        return self._logprobs(self.reference, tensors, context, temperature)
+        return self._logprobs(self.reference, tensors, self._context(tensors), temperature)
 
-    def _share(self, batch: Batch, batches: Sequence[Batch]) -> float:
+    def _share(self, batches: Sequence[Batch]) -> float:
         """1 / tokens of the whole step: the indexer's KL is a mean over all query tokens."""
         return 1.0 / sum(len(b.tokens_T) for b in batches)
 
     def _backward(
         self,
         total: Tensor,
+        shown: Tensor,
+        batch: Batch,
         context: PackedContext,
-        tensors: _Tensors,
         sums: defaultdict[str, float],
         *,
         share: float,
     ) -> None:
+        """Add the gradients of total and of the indexers' KL; `shown` is the loss in the figures."""
+        value = float(shown.detach())
+        sums["loss"] += value
+        if not math.isfinite(value):
+            self._nonfinite_ids.extend(batch.ids)
         for _, record in sorted(context.records.items()):
             if record.kl is not None:
                 # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
@@ -264,16 +345,29 @@ class Learner:
                 self._load[layer] = self._load.get(layer, 0) + record.load_X
 
     def _finish(self, sums: defaultdict[str, float], batches: Sequence[Batch]) -> Figures:
-        figures = dict(sums) | self.optimizers.step()
+        figures = dict(sums) | self.optimizers.step(finite=math.isfinite(sums["loss"]))
+        self._count_nonfinite("nonfinite" in figures, batches)
+        moved = "skipped" not in figures
         for layer, moe in self.model.moe_layers().items():
             load_X = self._load[layer]
             figures[f"expert_min/{layer}"] = float(load_X.min() / load_X.sum())
             figures[f"expert_max/{layer}"] = float(load_X.max() / load_X.sum())
-            if self.setup.balance_speed:
+            if self.setup.balance_speed and moved:
                 update_bias(moe, load_X, self.setup.balance_speed)
         self._load.clear()
         kl = [v for k, v in sums.items() if k.startswith("indexer_kl/")]
         if kl:
             figures["indexer_kl"] = sum(kl) / len(kl)
-        self.version += 1
+        self.version += moved
         return figures | {"tokens": float(sum(len(b.tokens_T) for b in batches))}
+
+    def _count_nonfinite(self, nonfinite: bool, batches: Sequence[Batch]) -> None:
+        """FloatingPointError after three steps in a row whose loss or gradient was not finite."""
+        self._nonfinite_steps = self._nonfinite_steps + 1 if nonfinite else 0
+        if self._nonfinite_steps == MAX_NONFINITE:
+            ids = self._nonfinite_ids or [id for batch in batches for id in batch.ids]
+            raise FloatingPointError(
+                f"{MAX_NONFINITE} steps in a row had a loss or gradient that is not finite; nothing was updated "
+                f"since. Samples: {', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}"
+            )
+        self._nonfinite_ids = []

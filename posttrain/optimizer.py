@@ -1,14 +1,22 @@
 """Optimizers: Muon on hidden matrices with AdamW on the rest, or AdamW alone; the indexers apart.
 
 Indexer parameters always form their own AdamW with its own learning rate and gradient clip, so that the
-scale of the indexer's KL never reaches the model's update. Next: learner.py.
+scale of the indexer's KL never reaches the model's update. A step whose gradients are not finite, or far above what
+is usual, moves nothing. Next: learner.py.
 """
+
+import math
+import statistics
+from collections import deque
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.config import Optimizer
 from posttrain.model.arch import DeepseekV32ForCausalLM
+
+SPIKE_AFTER = 8
+"""Gradient norms that the spike guard must have seen before it judges one."""
 
 
 class Optimizers:
@@ -19,6 +27,7 @@ class Optimizers:
     ) -> None:
         """train holds "model", "indexer" or both; everything else stops requiring gradients."""
         self.config, self.total_steps, self.step_count = config, total_steps, 0
+        self._recent = {part: deque[float](maxlen=config.spike_window) for part in ("model", "indexer")}
         indexer = set(model.indexer_parameters())
         self.parts: dict[str, list[nn.Parameter]] = {"model": [], "indexer": []}
         for parameter in model.parameters():
@@ -61,12 +70,20 @@ class Optimizers:
             factor *= max(0.0, (self.total_steps - step) / (self.total_steps - start))
         return factor
 
-    def step(self) -> dict[str, float]:
-        """Clip, update, clear; returns gradient norms and the rate."""
-        norms: dict[str, Tensor] = {}
-        for part, params in self.parts.items():
-            if params:
-                norms[f"grad_norm/{part}"] = nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
+    def step(self, *, finite: bool = True) -> dict[str, float]:
+        """Clip, update, clear; returns gradient norms and the rate.
+
+        Where finite is False (the loss was not), a norm is not finite or a norm is a spike, nothing but the
+        gradients is touched, and the figures have "skipped" and "nonfinite" or "spike".
+        """
+        norms = self._clip()
+        finite = finite and all(math.isfinite(norm) for norm in norms.values())
+        spikes = [finite and self._is_spike(part, norm) for part, norm in norms.items()]
+        figures = {f"grad_norm/{part}": norm for part, norm in norms.items()}
+        if not finite or any(spikes):
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            return figures | {"skipped": 1.0, "spike" if finite else "nonfinite": 1.0}
         factor = self.factor()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -74,7 +91,26 @@ class Optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
-        return {name: float(norm) for name, norm in norms.items()} | {"lr_factor": factor}
+        return figures | {"lr_factor": factor}
+
+    def _clip(self) -> dict[str, float]:
+        """Clip the gradients of each part that trains; its norm before that."""
+        norms: dict[str, Tensor] = {}
+        for part, params in self.parts.items():
+            if params:
+                if all(p.grad is None for p in params):
+                    raise ValueError(
+                        f"no gradient has reached the {part} parameters, which are to be trained"
+                    )
+                norms[part] = nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
+        return {part: float(norm) for part, norm in norms.items()}
+
+    def _is_spike(self, part: str, norm: float) -> bool:
+        """Also notes the norm: where gradients stay larger, the median follows and steps are taken again."""
+        recent, factor = self._recent[part], self.config.spike_factor
+        usual = statistics.median(recent) if len(recent) >= SPIKE_AFTER else math.inf
+        recent.append(norm)
+        return factor is not None and norm > factor * usual
 
 
 def _hidden_matrices(model: DeepseekV32ForCausalLM) -> set[nn.Parameter]:

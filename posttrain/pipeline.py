@@ -168,7 +168,7 @@ def _explain(error: BaseException, folder: Path) -> str | None:
         return str(error) if isinstance(error, disk.DiskFull) else str(disk.full(folder))
     # Ray wraps the error of an actor and prints a whole traceback as its text; the error is inside.
     told = getattr(error, "cause", None) or error
-    if not isinstance(told, ValueError | OSError):
+    if not isinstance(told, ValueError | OSError | FloatingPointError):
         return None
     note = folder / "traceback.txt"
     with suppress(OSError):

@@ -3,8 +3,8 @@
 Values only: frozen dataclasses of Python and numpy types, so that they pickle cheaply between Ray
 actors and can be read without torch. Next: config.py, then pipeline.py.
 
-Shape letters: L tokens of one sequence, T tokens of a packed batch, S sequences in it,
-K kept cache entries per query, N layers, E experts per token.
+Shape letters: L tokens of one sequence, T tokens of a packed batch, S sequences in it, K kept cache entries
+per query, N layers, E experts per token, R kept vocabulary entries of all tokens together.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -51,6 +51,20 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingMask:
+    """Ragged: the vocabulary entries that top-p and top-k left for each token to be drawn from.
+
+    Example: tokens 1 and 2 of four were sampled, from {5, 9} and from everything: counts = [0, 2, 0, 0],
+    ids = [5, 9].
+    """
+
+    counts: NDArray[np.int32]
+    """[L] (packed: [T]) entries left for this token; 0 where it was not sampled, or from everything."""
+    ids: NDArray[np.int32]
+    """[R] those of all tokens, one after another, ascending within a token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One sampled continuation of a task, prompt included.
 
@@ -77,9 +91,12 @@ class Rollout:
     policy_version: int = 0
     """Learner step of the weights that generated it."""
     kept: NDArray[np.int16] | NDArray[np.int32] | None = None
-    """[N, L, K] selected key positions per layer and query (-1 = none), if recorded."""
+    """[N, L - 1, K] selected key positions per layer and query, ascending, -1 = none at the end; if recorded.
+    The last token was never a query."""
     experts: NDArray[np.int16] | None = None
-    """[N, L, E] experts chosen per MoE layer and token, if recorded."""
+    """[N, L - 1, E] experts chosen per MoE layer and token, if recorded."""
+    sampling_mask: SamplingMask | None = None
+    """What each token was drawn from, if recorded."""
 
     @property
     def num_sampled(self) -> int:
@@ -133,7 +150,15 @@ class Sample:
     """Weight of the sample's domain in the mixture."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference policy for the sample's domain."""
+    clip: tuple[float, float] | None = None
+    """Its domain's ratio clip, below and above 1; None = that of the loss."""
+    length_budget: int = 0
+    """Tokens that its completion could have had: the constant normaliser of Dr.GRPO."""
     domain: str = ""
+    kept: NDArray[np.int16] | NDArray[np.int32] | None = None
+    """As in Rollout: what the learner takes over instead of choosing anew; also the next two."""
+    experts: NDArray[np.int16] | None = None
+    sampling_mask: SamplingMask | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,8 +177,18 @@ class Batch:
     logprobs_T: NDArray[np.float32]
     advantage_T: NDArray[np.float32]
     kl_coef_T: NDArray[np.float32]
+    clip_S2: NDArray[np.float32]
+    """[S, 2] ratio clip of each sequence, below and above 1; NaN = that of the loss."""
     ids: tuple[str, ...]
     """Ledger ids of the samples, in order."""
+    old_logprobs_T: NDArray[np.float32] | None = None
+    """The learner's log-probs before the first update of the step; None: this is the first update."""
+    kept_NTK: NDArray[np.int16] | NDArray[np.int32] | None = None
+    """Positions inside the own document. The last token of a document, which nothing is predicted from, keeps
+    itself."""
+    experts_NTE: NDArray[np.int16] | None = None
+    """-1 at the last token of a document: routed by the current weights."""
+    sampling_mask: SamplingMask | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,7 +27,10 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    """0 = no limit."""
     ignore_eos: bool = False
     """Generate exactly max_new_tokens (for benchmarks)."""
     record_kept: bool = False
     record_experts: bool = False
+    record_mask: bool = False

@@ -23,20 +23,22 @@ def uniforms(seeds_B: NDArray[np.uint64], positions_B: NDArray[np.int64]) -> NDA
     return uniforms_B
 
 
-def processed_logprobs(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:
+def processed_logprobs(logits_BV: Tensor, temperature: float, top_p: float, top_k: int = 0) -> Tensor:
     """Log of the distribution that is sampled from, renormalised after truncation; fp32, -inf outside.
 
-    Temperature 0 (greedy) leaves the logits as they are: its log-probs are those of temperature 1.
+    Kept are the likeliest tokens whose mass reaches top_p, of the top_k likeliest (0: of all). Temperature 0
+    (greedy) leaves the logits as they are: its log-probs are those of temperature 1.
     """
     scaled_BV = logits_BV.float() if temperature in (0.0, 1.0) else logits_BV.float() / temperature
     logp_BV = torch.log_softmax(scaled_BV, dim=-1)
-    if top_p >= 1.0:
+    if top_p >= 1.0 and not top_k:
         return logp_BV
     ordered_BV, order_BV = logp_BV.sort(dim=-1, descending=True, stable=True)
     mass_before_BV = ordered_BV.exp().cumsum(-1) - ordered_BV.exp()
-    dropped_BV = torch.zeros_like(mass_before_BV, dtype=torch.bool).scatter(
-        -1, order_BV, mass_before_BV >= top_p
-    )
+    beyond_BV = mass_before_BV >= top_p
+    if top_k:
+        beyond_BV[:, top_k:] = True
+    dropped_BV = torch.zeros_like(beyond_BV).scatter(-1, order_BV, beyond_BV)
     return torch.log_softmax(logp_BV.masked_fill(dropped_BV, float("-inf")), dim=-1)
 
 
@@ -50,3 +52,13 @@ def choose(logp_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> Tensor:
     below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
     target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, below_B1)
     return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+
+
+def kept_tokens(logp_BV: Tensor) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """How many tokens truncation left in each row [B], and which, row by row and ascending [R]; 0 where all are."""
+    kept_BV = logp_BV > float("-inf")
+    counts_B = kept_BV.sum(-1)
+    cut_B1 = (counts_B < kept_BV.shape[1])[:, None]
+    ids_R = (kept_BV & cut_B1).nonzero()[:, 1]
+    counts_B = counts_B * cut_B1[:, 0]
+    return counts_B.to(torch.int32).cpu().numpy(), ids_R.to(torch.int32).cpu().numpy()

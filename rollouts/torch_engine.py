@@ -9,6 +9,7 @@ Shape letters: B rows, Q queries per row, L tokens of a row, V vocabulary, N lay
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from posttrain.model.decode import Decoder
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.environment import Failed, Live, step_all
 from posttrain.rollouts.request import Request, Sampling
-from posttrain.schema import Message, Rollout, Stop
+from posttrain.schema import Message, Rollout, SamplingMask, Stop
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped when fewer than this share of the rows is alive (measured: +56 to +72 % tokens/s)."""
@@ -40,8 +41,9 @@ class _Row:
     messages: list[Message] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     turns: int = 0
-    kept: list[NDArray[np.int32]] = field(default_factory=list)
+    kept: list[NDArray[Any]] = field(default_factory=list)
     experts: list[NDArray[np.int16]] = field(default_factory=list)
+    mask_ids: list[NDArray[np.int32]] = field(default_factory=list)
 
 
 class TorchEngine:
@@ -127,6 +129,7 @@ class _Wave:
         self.tokens_BL = np.zeros((len(rows), self.capacity), np.int32)
         self.sampled_BL = np.zeros((len(rows), self.capacity), bool)
         self.logprobs_BL = np.zeros((len(rows), self.capacity), np.float32)
+        self.mask_counts_BL = np.zeros((len(rows), self.capacity), np.int32)
         self.lengths_B = np.array([len(r.prompt) for r in rows])
         self.limits_B = self.lengths_B + [r.request.max_new_tokens for r in rows]
         seeds_B1 = np.array([[r.request.seed % 2**64] for r in rows], np.uint64)
@@ -199,7 +202,7 @@ class _Wave:
         settings = self.settings
         # Of rows that have stopped, too; a full one's length is the capacity.
         uniform_B = self.uniforms_BL[np.arange(len(self.rows)), self.lengths_B]
-        logp_BV = sampling.processed_logprobs(logits_BV, settings.temperature, settings.top_p)
+        logp_BV = sampling.processed_logprobs(logits_BV, settings.temperature, settings.top_p, settings.top_k)
         chosen = sampling.choose(
             logp_BV, torch.from_numpy(uniform_B).to(logp_BV.device), greedy=settings.temperature == 0
         )
@@ -214,6 +217,8 @@ class _Wave:
         self.tokens_BL[live, at] = token_B[live]
         self.sampled_BL[live, at] = sampled_B[live]
         self.logprobs_BL[live, at] = logp_B[live]
+        if settings.record_mask:
+            self._record_mask(logp_BV, sampled_B & self.alive_B)
         self.lengths_B[live] += 1
         ended_B = sampled_B & (token_B == self.engine.eos_token_id) & (not settings.ignore_eos)
         full_B = self.lengths_B >= self.limits_B
@@ -272,16 +277,22 @@ class _Wave:
             stop=stop,
             outcome=outcome,
             policy_version=self.engine.version,
-            kept=np.concatenate(row.kept, axis=1)[:, : length - 1] if row.kept else None,
+            kept=_joined(row.kept)[:, : length - 1] if row.kept else None,
             experts=np.concatenate(row.experts, axis=1)[:, : length - 1] if row.experts else None,
+            sampling_mask=self._sampling_mask(i) if self.settings.record_mask else None,
         )
+
+    def _sampling_mask(self, i: int) -> SamplingMask:
+        counts = self.mask_counts_BL[i, : self.lengths_B[i]].copy()
+        none = np.zeros(0, np.int32)
+        return SamplingMask(counts=counts, ids=np.concatenate([none, *self.rows[i].mask_ids]))
 
     def _compact(self) -> None:
         """Drop finished rows from the batch and the cache."""
         keep = np.flatnonzero(self.alive_B)
         self.rows = [self.rows[i] for i in keep]
-        names = ("tokens_BL", "sampled_BL", "logprobs_BL", "lengths_B", "limits_B", "uniforms_BL", "alive_B")
-        for name in names:
+        arrays = ("tokens_BL", "sampled_BL", "logprobs_BL", "mask_counts_BL", "uniforms_BL")
+        for name in (*arrays, "lengths_B", "limits_B", "alive_B"):
             setattr(self, name, getattr(self, name)[keep])
         self.cache.select(torch.from_numpy(keep).to(self.engine.device))
 
@@ -290,10 +301,8 @@ class _Wave:
         settings, layers = self.settings, sorted(records)
         if settings.record_kept and self.engine.attention == "sparse":
             kept = [records[n].kept_BQK for n in layers]
-            stacked_NBQK = torch.stack([k for k in kept if k is not None]).cpu().numpy().astype(np.int32)
-            # Short contexts keep fewer than top-k.
-            width = self.engine.model.config.index_topk - stacked_NBQK.shape[-1]
-            stacked_NBQK = np.pad(stacked_NBQK, ((0, 0),) * 3 + ((0, width),), constant_values=-1)
+            small = np.int16 if self.capacity <= np.iinfo(np.int16).max else np.int32
+            stacked_NBQK = torch.stack([k for k in kept if k is not None]).cpu().numpy().astype(small)
             for i, row in enumerate(self.rows):
                 row.kept.append(stacked_NBQK[:, i, : counts_B[i]])
         experts = [e for e in (records[n].experts_TE for n in layers) if e is not None]
@@ -303,3 +312,18 @@ class _Wave:
             )
             for i, row in enumerate(self.rows):
                 row.experts.append(stacked_NBQE[:, i, : counts_B[i]])
+
+    def _record_mask(self, logp_BV: Tensor, sampled_B: NDArray[np.bool_]) -> None:
+        """Note what each row's next token was drawn from, where something was cut."""
+        counts_B, ids_R = sampling.kept_tokens(logp_BV)
+        for i, ids in enumerate(np.split(ids_R, np.cumsum(counts_B)[:-1])):
+            if sampled_B[i] and len(ids):
+                self.mask_counts_BL[i, self.lengths_B[i]] = len(ids)
+                self.rows[i].mask_ids.append(ids)
+
+
+def _joined(kept: list[NDArray[Any]]) -> NDArray[Any]:
+    """[N, tokens, K] from passes with fewer keys than K in some: -1 where there are none."""
+    width = max(part.shape[2] for part in kept)
+    padded = [np.pad(k, ((0, 0), (0, 0), (0, width - k.shape[2])), constant_values=-1) for k in kept]
+    return np.concatenate(padded, axis=1)

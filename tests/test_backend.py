@@ -68,6 +68,29 @@ def _assert_same_keys(ours: PackedContext, wanted: PackedContext) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dense_rows", [False, True])
+def test_replayed_keys_are_those_of_the_first_pass(dense_rows: bool) -> None:
+    """After the indexers have changed: the same log-probs as before, by both backends."""
+    model = _model()
+    first = _context(TORCH)
+    before = _run(model, first)["logp"]
+    kept: dict[int, torch.Tensor] = {}
+    for layer, record in first.records.items():
+        assert record.kept_BQK is not None
+        kept[layer] = first.flat(record.kept_BQK).to(torch.int16)
+    with torch.no_grad():
+        for parameter in model.indexer_parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    assert (_run(model, _context(TORCH))["logp"] - before).abs().max() > 1e-3
+    wanted = _run(model, _context(TORCH, replay_kept=kept))
+    torch.testing.assert_close(wanted["logp"], before, atol=1e-6, rtol=0)
+    chosen = dataclasses.replace(TRITON, dense_rows=dense_rows)
+    _assert_close(_run(model, _context(chosen, replay_kept=kept, record_kept=not dense_rows)), wanted)
+    losses = [_run(model, _context(b, replay_kept=kept, indexer_loss="sparse")) for b in (chosen, TORCH)]
+    _assert_close(*losses)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 def test_model_and_indexer_train_as_with_torch(deterministic: bool) -> None:
     model = _model()

@@ -110,9 +110,9 @@ def _watch_gradients(learner: Learner) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     step = learner.optimizers.step
 
-    def watched() -> dict[str, float]:
+    def watched(*, finite: bool) -> dict[str, float]:
         seen.append(_gradients(learner))
-        return step()
+        return step(finite=finite)
 
     learner.optimizers.step = watched  # type: ignore[method-assign]
     return seen

@@ -37,10 +37,15 @@ def train(
         else:
             before, ids = learner.settle(), []
         if before is not None:
-            recent.append(before)
             tokens += int(before["tokens"])
-            job.ledger.trained(waiting)
-            job.metrics.log(step - 1, before)
+            if "skipped" in before:
+                job.ledger.failed(waiting, "step skipped")
+                job.metrics.say(f"step {step - 1} was skipped: its loss or gradient is not finite, or spikes")
+                job.metrics.log(step - 1, before | {"skipped_ids": " ".join(waiting)})
+            else:
+                recent.append(before)
+                job.ledger.trained(waiting)
+                job.metrics.log(step - 1, before)
         waiting = ids
     return tokens, _means(recent)
 

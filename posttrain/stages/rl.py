@@ -1,6 +1,6 @@
 """GRPO: one domain makes a specialist, several the mixed stage; the same function with other settings.
 
-The loop: choose tasks, generate groups, score, keep groups with a signal, update, publish weights.
+The loop: choose tasks, generate groups, score, refill groups without a signal, update, publish weights.
 Rollouts are on-policy; with updates_per_step > 1 the later updates of a step are not.
 Next: ../generation.py, ../learner.py, ../loss.py.
 """
@@ -11,36 +11,40 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from posttrain import config, generation, packing, rollout_file
-from posttrain.advantage import advantages
+from posttrain.advantage import advantages, overlong_penalty
 from posttrain.cluster import RemoteLearner
-from posttrain.domains import open_domains
+from posttrain.domains import Domain, open_domains
 from posttrain.job import Job, Result
 from posttrain.learner import Setup
+from posttrain.model.checkpoint import attention_of
 from posttrain.rewards.scorer import score_all
 from posttrain.rollout_file import Row
 from posttrain.rollouts.pool import Pool
-from posttrain.schema import Group, Sample, Score
+from posttrain.schema import Batch, Group, Sample, Score, Task
 
 _NO_SIGNAL = "filtered: no signal"
 _UNSCORABLE = "failed: unscorable"
+_SKIPPED = "failed: step skipped"
 
 
 def run(stage: config.Rl, job: Job) -> Result:
     """Train the policy on the stage's domains and write its checkpoint."""
     domains = open_domains(job.cfg, stage.mix)
-    source = job.source(stage.source)
+    setup = _setup(stage, job)
     order = generation.TaskOrder(domains, stage.mix, seed=job.seed)
     tokens, log = 0, defaultdict[str, list[float]](list)
     with (
-        job.cluster.learner(_setup(stage, job)) as learner,
-        job.cluster.pool(generation.pool_setup(source, job.cfg.rollouts)) as pool,
+        job.cluster.learner(setup) as learner,
+        job.cluster.pool(generation.pool_setup(setup.checkpoint, job.cfg.rollouts)) as pool,
     ):
         for step in range(stage.steps):
-            figures = _step(stage, job, step, order, learner, pool)
+            figures, skipped = _step(stage, job, step, order, learner, pool)
+            figures["quarantined"] = float(sum(len(d.rewards.quarantined) for d in domains.values()))
             tokens += int(figures["tokens"])
-            job.metrics.log(step, figures)
+            job.metrics.log(step, figures | ({"skipped_ids": " ".join(skipped)} if skipped else {}))
             _warn(stage, job, step, figures)
             for name, value in figures.items():
                 log[name].append(value)
@@ -49,16 +53,22 @@ def run(stage: config.Rl, job: Job) -> Result:
 
 
 def _setup(stage: config.Rl, job: Job) -> Setup:
+    source = job.source(stage.source)
+    if attention_of(source) == "dense":
+        raise ValueError(
+            f"{stage.name}: {stage.source!r} is a dense checkpoint without indexers; rl trains and rolls out with "
+            "sparse attention: convert it first (a stage of kind convert, then warmup and sparse)"
+        )
     train_indexer = stage.indexer == "train"
     return Setup(
-        checkpoint=job.source(stage.source),
+        checkpoint=source,
         attention="sparse",
         optimizer=stage.optimizer,
         total_steps=stage.steps * stage.updates_per_step,
         train=frozenset({"model", "indexer"} if train_indexer else {"model"}),
         indexer_loss="sparse" if train_indexer else "none",
         balance_speed=stage.balance_speed,
-        reference=any(part.kl_coef > 0 for part in stage.mix.values()),
+        reference=stage.loss.kl != "none" and any(part.kl_coef > 0 for part in stage.mix.values()),
         seed=job.seed,
     )
 
@@ -70,54 +80,94 @@ def _step(
     order: generation.TaskOrder,
     learner: RemoteLearner,
     pool: Pool,
-) -> dict[str, float]:
-    plans = [
-        generation.plan(domain, task, stage.group_size, seed=job.seed, epoch=epoch)
-        for domain, task, epoch in order.step(stage.tasks_per_step)
-    ]
-    job.ledger.planned([id for plan in plans for id in plan.ids])
-    began = time.monotonic()
-    groups = generation.generate(pool, plans, generation.sampling(job.cfg.rollouts), job.ledger)
-    generated = time.monotonic()
-    scores = score_all([(p.domain.rewards, g.task, g.rollouts) for p, g in zip(plans, groups, strict=True)])
-    groups_rows = [_judge(*found) for found in zip(plans, groups, scores, strict=True)]
-    rows = [row for group in groups_rows for row in group]
-    job.ledger.scored([row.id for row in rows])
+) -> tuple[dict[str, float], list[str]]:
+    """Figures of one step, and the ids of samples whose update was skipped."""
+    times = {"generate_s": 0.0, "score_s": 0.0}
+    groups = _groups(stage, job, order.step(stage.tasks_per_step), pool, times)
+    fresh = groups
+    for _ in range(stage.refill_rounds):  # DAPO 3.2: each group without a signal makes place for another
+        empty = [group[0].task.domain for group in fresh if not _has_signal(group)]
+        if not empty:
+            break
+        fresh = _groups(stage, job, order.more(empty), pool, times)
+        groups = groups + fresh
+    rows = [row for group in groups for row in group]
     _check_scores(stage, step, rows)
-    scored = time.monotonic()
-    figures = _train(stage, job, groups_rows, learner)
-    for reason in (_NO_SIGNAL, _UNSCORABLE):
+    began = time.monotonic()
+    best = sorted(groups, key=lambda group: not _has_signal(group))[: stage.tasks_per_step]
+    figures, skipped = _train(stage, job, best, learner)
+    for reason in (_NO_SIGNAL, _UNSCORABLE, _SKIPPED):
         ids = [row.id for row in rows if row.fate == reason]
         end = job.ledger.filtered if reason.startswith("filtered") else job.ledger.failed
         if ids:
             end(ids, reason.partition(": ")[2])
     pool.load(step + 1, learner.publish())
     rollout_file.write(job.out / "rollouts" / f"step-{step:05d}.parquet", rows)
-    figures |= _rollout_figures(groups_rows)
-    scorers = [plan.domain.rewards for plan in {plan.domain.name: plan for plan in plans}.values()]
+    figures |= _rollout_figures(groups) | times
     return figures | {
-        "quarantined": float(sum(len(scorer.quarantined) for scorer in scorers)),
-        "generate_s": generated - began,
-        "score_s": scored - generated,
-        "train_s": time.monotonic() - scored,
+        "refilled": float(len(groups) - stage.tasks_per_step),
+        "train_s": time.monotonic() - began,
         "tokens": float(sum(len(row.rollout.tokens) for row in rows)),
-    }
+    }, skipped
 
 
-def _judge(plan: generation.GroupPlan, group: Group, scores: Sequence[Score]) -> list[Row]:
+def _groups(
+    stage: config.Rl,
+    job: Job,
+    tasks: Sequence[tuple[Domain, Task, int]],
+    pool: Pool,
+    times: dict[str, float],
+) -> list[list[Row]]:
+    """Generate and judge one group per task; adds the seconds to times."""
+    plans = [
+        generation.plan(
+            domain,
+            task,
+            stage.group_size,
+            seed=job.seed,
+            epoch=epoch,
+            budget=stage.mix[domain.name].max_new_tokens,
+        )
+        for domain, task, epoch in tasks
+    ]
+    job.ledger.planned([id for plan in plans for id in plan.ids])
+    began = time.monotonic()
+    settings = generation.sampling(job.cfg.rollouts, stage.keep)
+    groups = generation.generate(pool, plans, settings, job.ledger)
+    generated = time.monotonic()
+    scores = score_all([(p.domain.rewards, g.task, g.rollouts) for p, g in zip(plans, groups, strict=True)])
+    judged = [_judge(stage, *found) for found in zip(plans, groups, scores, strict=True)]
+    job.ledger.scored([row.id for rows in judged for row in rows])
+    times["generate_s"] += generated - began
+    times["score_s"] += time.monotonic() - generated
+    return judged
+
+
+def _judge(stage: config.Rl, plan: generation.GroupPlan, group: Group, scores: Sequence[Score]) -> list[Row]:
     """Decide what happens to each completion of a group."""
     rows = [
         Row(id=id, task=group.task, rollout=rollout, score=score)
         for id, rollout, score in zip(plan.ids, group.rollouts, scores, strict=True)
     ]
-    judged = [(row, row.score.value) for row in rows if row.score.value is not None]
-    found = advantages([value for _, value in judged])
+    buffer = stage.mix[plan.domain.name].overlong_buffer
+    judged = []
+    for row, request in zip(rows, plan.requests, strict=True):
+        if row.score.value is not None:
+            tokens, sampled = row.rollout.tokens, row.rollout.sampled
+            used = len(tokens) - int(sampled.argmax())  # tool results count in the budget
+            penalty = overlong_penalty(used, budget=request.max_new_tokens, buffer=buffer)
+            judged.append((row, row.score.value + penalty))
+    found = advantages([value for _, value in judged], divide_by_std=stage.loss.divide_by_std)
     for row in rows:
         row.fate = _UNSCORABLE if row.score.value is None else _NO_SIGNAL
     if found is not None:
         for (row, _), advantage in zip(judged, found, strict=True):
             row.advantage, row.fate = advantage, "trained"
     return rows
+
+
+def _has_signal(group: Sequence[Row]) -> bool:
+    return any(row.advantage is not None for row in group)
 
 
 def _check_scores(stage: config.Rl, step: int, rows: Sequence[Row]) -> None:
@@ -132,46 +182,93 @@ def _check_scores(stage: config.Rl, step: int, rows: Sequence[Row]) -> None:
 
 def _train(
     stage: config.Rl, job: Job, groups: Sequence[list[Row]], learner: RemoteLearner
-) -> dict[str, float]:
-    """The step's updates; figures are those of the first one, which is on-policy."""
+) -> tuple[dict[str, float], list[str]]:
+    """The step's updates; figures are those of the first one, which is on-policy. Also the ids of skipped ones.
+
+    Every update takes groups from all along the step, so that each has all domains.
+    """
     first: dict[str, float] = {}
-    share = -(-len(groups) // stage.updates_per_step)
-    for start in range(0, len(groups), share):
-        part = groups[start : start + share]
-        kept = [[row for row in group if row.fate == "trained"] for group in part]
-        by_id = {row.id: row for group in kept for row in group}
-        samples = [_sample(row, len(group), stage) for group in kept for row in group]
-        if not samples:
+    skips = dict.fromkeys(("skipped", "nonfinite", "spike"), 0.0)
+    skipped: list[str] = []
+    num_updates, temperature = stage.updates_per_step, job.cfg.rollouts.temperature
+    by_id = {row.id: row for group in groups for row in group}
+    updates = [_batches(stage, job, groups[i::num_updates]) for i in range(num_updates)]
+    if stage.loss.old_policy == "recomputed" and num_updates > 1:
+        updates = [_with_old(batches, learner, temperature) for batches in updates]
+    for batches in updates:
+        if not batches:
             continue
-        weights = packing.token_weights(samples, stage.loss.norm, num_groups=len(part))
-        limit = job.cfg.learner.tokens_per_microbatch
-        batches = packing.pack(samples, weights, tokens_per_batch=limit)
-        temperature = job.cfg.rollouts.temperature
+        ids = [id for batch in batches for id in batch.ids]
         figures, logprobs = learner.call("grpo_step", batches, stage.loss, temperature)
         for batch, logp_M in zip(batches, logprobs, strict=True):
             counts = [by_id[id].rollout.num_sampled for id in batch.ids]
-            pieces = np.split(logp_M, np.cumsum(counts)[:-1])
-            for id, piece in zip(batch.ids, pieces, strict=True):
+            for id, piece in zip(batch.ids, np.split(logp_M, np.cumsum(counts)[:-1]), strict=True):
                 by_id[id].learner_logprobs = piece
-        job.ledger.trained(by_id)
+        if "skipped" in figures:
+            skipped += ids
+            for id in ids:
+                by_id[id].fate = _SKIPPED
+        else:
+            job.ledger.trained(ids)
+        for name in skips:
+            skips[name] += figures.get(name, 0.0)
         first = first or figures
-    return first
+    return first | {name: count for name, count in skips.items() if count}, skipped
 
 
-def _sample(row: Row, group_size: int, stage: config.Rl) -> Sample:
+def _with_old(batches: Sequence[Batch], learner: RemoteLearner, temperature: float) -> list[Batch]:
+    """The learner's log-probs before the first update, as the old policy's."""
+    found: list[NDArray[np.float32]] = learner.call("logprobs", batches, temperature)
+    return [packing.with_old_logprobs(*pair) for pair in zip(batches, found, strict=True)]
+
+
+def _batches(stage: config.Rl, job: Job, groups: Sequence[list[Row]]) -> list[Batch]:
+    """The packed samples of one update; empty if no group has a signal."""
+    kept = [[row for row in group if row.fate == "trained"] for group in groups]
+    samples = [_sample(row, len(group), stage, job.cfg) for group in kept for row in group]
+    if not samples:
+        return []
+    weights = packing.token_weights(samples, stage.loss.norm, num_groups=len(groups))
+    return packing.pack(samples, weights, tokens_per_batch=job.cfg.learner.tokens_per_microbatch)
+
+
+def _sample(row: Row, group_size: int, stage: config.Rl, cfg: config.Run) -> Sample:
     assert row.advantage is not None, f"{row.id} takes part without an advantage"
-    part = stage.mix[row.task.domain]
+    part, rollout = stage.mix[row.task.domain], row.rollout
+    asked = generation.sampling(cfg.rollouts, stage.keep)
+    for wanted, recorded, name in (
+        (asked.record_experts, rollout.experts, "routing"),
+        (asked.record_kept, rollout.kept, "topk"),
+        (asked.record_mask, rollout.sampling_mask, "sampling_mask"),
+    ):
+        if wanted and recorded is None:
+            raise ValueError(
+                f"{stage.name}: keep.{name}: engine {cfg.rollouts.engine!r} has recorded nothing for this model; "
+                f"set keep.{name} = false"
+            )
     return Sample(
         id=row.id,
-        tokens=row.rollout.tokens,
-        mask=row.rollout.sampled,
-        logprobs=row.rollout.logprobs,
+        tokens=rollout.tokens,
+        mask=rollout.sampled,
+        logprobs=rollout.logprobs,
         advantage=row.advantage,
         group_size=group_size,
         weight=part.loss_weight,
         kl_coef=part.kl_coef,
+        clip=_clip(stage, part),
+        length_budget=part.max_new_tokens or cfg.domain(row.task.domain).max_new_tokens,
         domain=row.task.domain,
+        kept=rollout.kept,
+        experts=rollout.experts,
+        sampling_mask=rollout.sampling_mask,
     )
+
+
+def _clip(stage: config.Rl, part: config.Mix) -> tuple[float, float]:
+    """The domain's clip below and above 1: its own bounds before those of the stage's loss."""
+    low = part.clip or stage.loss.clip
+    above = part.clip_high or part.clip or stage.loss.clip_high
+    return low, above or low
 
 
 def _rollout_figures(groups: Sequence[list[Row]]) -> dict[str, float]:
@@ -185,7 +282,7 @@ def _rollout_figures(groups: Sequence[list[Row]]) -> dict[str, float]:
     values = [value for part in by_domain.values() for value in part]
     return figures | {
         "reward": float(np.mean(values)) if values else 0.0,
-        "signal": float(np.mean([any(r.fate == "trained" for r in g) for g in groups])),
+        "signal": float(np.mean([_has_signal(group) for group in groups])),
         "mean_tokens": float(np.mean([row.rollout.num_sampled for row in rows])),
         "cut_short": float(np.mean([row.rollout.stop == "length" for row in rows])),
         "unscorable": float(sum(row.score.value is None for row in rows)),
@@ -198,6 +295,11 @@ def _warn(stage: config.Rl, job: Job, step: int, figures: dict[str, float]) -> N
         job.metrics.say(
             f"{stage.name}: step {step}: only {figures['signal']:.0%} of the groups have two different "
             f"rewards (min_signal {stage.min_signal:.0%}): the tasks are too easy or too hard"
+        )
+    if "skipped" in figures:
+        job.metrics.say(
+            f"{stage.name}: step {step}: updates skipped: {figures.get('nonfinite', 0):.0f} not finite, "
+            f"{figures.get('spike', 0):.0f} gradient spikes; their samples are in metrics.jsonl"
         )
     if figures["unscorable"]:
         job.metrics.say(
