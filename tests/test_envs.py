@@ -8,8 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_environments import QUESTION, TOKENIZER, _script, _turn, _with_outcome, count
+from test_environments import QUESTION, _script, _turn, _with_outcome, count
 from test_tasks import _jsonl
+from tokenizers import AddedToken
 
 from posttrain.envs import corpus, database, interpreter, packages, repair, shop, wiki
 from posttrain.rewards import bubblewrap, tools
@@ -21,6 +22,7 @@ from posttrain.rollouts.deepseek_chat import Call
 from posttrain.rollouts.environment import play, replay
 from posttrain.schema import RewardFn, Rollout, Task
 from posttrain.toy import records
+from posttrain.toy.tokenizer import build
 
 # ---- the shipped environments ----
 
@@ -309,11 +311,12 @@ def test_the_interpreter_shows_what_a_program_does(
 
 
 def test_demonstrations_of_the_small_world_need_no_unknown_word() -> None:
-    rng, right = Random(0), 0.0
+    rng, right, tokenizer = Random(0), 0.0, build()
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in records.WORDS])
     for task in records.tasks(seed=2, n=60):
         messages = records.demonstrate(task, rng)
-        tokens, _ = chat.encode_with_mask(TOKENIZER, [*task.messages, *messages])
-        assert TOKENIZER.unk_token_id not in tokens
+        tokens, _ = chat.encode_with_mask(tokenizer, [*task.messages, *messages])
+        assert tokenizer.unk_token_id not in tokens
         turns = [m["content"] for m in messages if m["role"] == "assistant"]
         rollout = play(records.start, task, _script(*turns), seed=0, max_turns=9)
         assert [m["content"] for m in rollout.messages] == [m["content"] for m in messages]

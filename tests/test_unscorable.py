@@ -42,7 +42,7 @@ def test_a_quarantined_task_is_not_drawn_again() -> None:
     cfg = config.Domain(name="d", tasks="x.jsonl", rewards=[reward])
     rewards = Scorer([reward])
     split = Split(train=tasks, heldout=[], duplicates=0)
-    domain = Domain(cfg=cfg, split=split, rewards=rewards, passes=rewards, tool=None, demonstrate=None)
+    domain = Domain(cfg=cfg, split=split, rewards=rewards, passes=rewards, environment=None, demonstrate=None)
     order = TaskOrder({"d": domain}, {"d": config.Mix()}, seed=0)
     rewards.score(tasks[1], [rollout("a")])
     drawn = [chosen.id for _, chosen, _ in order.step(9)]

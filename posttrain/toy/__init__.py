@@ -5,7 +5,7 @@ has something to correct; every flaw and its rate is a constant in the family's 
 configs/demo.toml, configs/forgetting.toml and the tests; nothing else depends on it.
 
 lookup.py is the demo's agent. records.py, an agent that writes SQL and is judged by the final state, is ready to
-take its place (the vocabulary then also needs: sql set to select from people where id update done) but does not
+take its place (with its WORDS in the vocabulary) but does not
 fit yet. Measured on 2026-11-25 with seed 0, everything else as in configs/demo.toml: it is learned (pass@1 51.0 % in the
 sparse base, 97.0 % after rl-agent), but mathematics, whose numbers it shares, falls to 10.0 % in the base and 19.0 % after rl-math.
 An agent that searched and opened pages left mathematics alone (36.0 and 88.5 %) but was not learned: 3.0 % in the base, 6.5 %

@@ -15,6 +15,8 @@ from posttrain.rollouts.toolbox import ToolError
 from posttrain.schema import Message, Task
 from posttrain.toy.lookup import RELATIONS
 
+WORDS = "sql set to select from people where id update done".split()
+"""What a tokenizer needs beside the vocabulary of the demo."""
 PEOPLE = 21
 """Ids run from 0 to PEOPLE - 1, so that each is one token."""
 NO_LOOKUP = 0.35
