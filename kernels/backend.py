@@ -40,18 +40,23 @@ TORCH = Backend(name="torch", reason="default")
 def resolve(
     choice: Choice,
     device: torch.device,
+    dtype: torch.dtype,
     *,
     num_heads: int,
-    entry_bytes: int,
+    entry_size: int,
     deterministic: bool = False,
 ) -> Backend:
-    """The backend for a device, a number of heads and cache entries of that size (latent and rotary part).
+    """The backend for a device, a type, a number of heads and the size of a cache entry (latent and rotary part).
 
-    Raises ValueError if "triton" is asked for and cannot run here; "auto" then says why it is "torch".
+    "auto" leaves fp32 models to torch: the kernels would multiply them in three TF32 products. Raises
+    ValueError if "triton" is asked for and cannot run here; "auto" then says why it is "torch".
     """
     if choice == "torch":
         return Backend(name="torch", reason="asked for", deterministic=deterministic)
+    entry_bytes = entry_size * dtype.itemsize
     why_not = _obstacle(device, num_heads, entry_bytes, interpreter=choice == "triton")
+    if why_not is None and choice == "auto" and dtype == torch.float32:
+        why_not = "the model is in float32"
     if why_not is None:
         on_gpu = device.type == "cuda"
         where = torch.cuda.get_device_name(device) if on_gpu else "Triton's interpreter"

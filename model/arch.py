@@ -125,12 +125,12 @@ class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
     def backend(self, choice: backend.Choice, *, deterministic: bool = False) -> backend.Backend:
         """What runs this model's sparse attention where it is now; ValueError if that cannot be had."""
         weight = self.lm_head.weight
-        entry_size = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         return backend.resolve(
             choice,
             weight.device,
+            weight.dtype,
             num_heads=self.config.num_attention_heads,
-            entry_bytes=entry_size * weight.element_size(),
+            entry_size=self.config.kv_lora_rank + self.config.qk_rope_head_dim,
             deterministic=deterministic,
         )
 

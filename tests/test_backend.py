@@ -348,9 +348,8 @@ def test_triton_without_a_gpu_is_refused_and_auto_says_why_it_is_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu = torch.device("cpu")
-    assert (
-        str(backend.resolve("triton", cpu, num_heads=8, entry_bytes=112)) == "triton (Triton's interpreter)"
-    )
+    found = backend.resolve("triton", cpu, torch.float32, num_heads=8, entry_size=28)
+    assert str(found) == "triton (Triton's interpreter)"
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(
         ValueError, match=r'backend "triton" cannot run: the model is on cpu; write backend ='
@@ -360,9 +359,17 @@ def test_triton_without_a_gpu_is_refused_and_auto_says_why_it_is_torch(
     assert str(tiny.model().backend("torch", deterministic=True)) == "torch (asked for, deterministic)"
 
 
-@pytest.mark.parametrize(("entry_bytes", "name"), [(1152, "triton"), (2304, "torch")])
-def test_auto_looks_at_the_shared_memory(
-    monkeypatch: pytest.MonkeyPatch, entry_bytes: int, name: str
+@pytest.mark.parametrize(
+    ("entry_size", "dtype", "reason"),
+    [
+        (576, torch.bfloat16, ""),
+        (1152, torch.bfloat16, "entries of 2304 bytes need"),
+        (64, torch.float32, "float32"),
+    ],
+    ids=["fits", "too large", "fp32"],
+)
+def test_auto_looks_at_shared_memory_and_type(
+    monkeypatch: pytest.MonkeyPatch, entry_size: int, dtype: torch.dtype, reason: str
 ) -> None:
     class H200:
         name = "NVIDIA H200"
@@ -370,9 +377,11 @@ def test_auto_looks_at_the_shared_memory(
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H200)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: H200.name)
-    found = backend.resolve("auto", torch.device("cuda"), num_heads=8, entry_bytes=entry_bytes)
-    assert found.name == name and "NVIDIA H200" in found.reason
-    if name == "torch":
-        assert "entries of 2304 bytes need" in found.reason
+    size, cuda = {"num_heads": 8, "entry_size": entry_size}, torch.device("cuda")
+    found = backend.resolve("auto", cuda, dtype, **size)
+    assert found.name == ("torch" if reason else "triton") and (reason or "NVIDIA H200") in found.reason
+    if entry_size == 1152:
         with pytest.raises(ValueError, match="shared memory"):
-            backend.resolve("triton", torch.device("cuda"), num_heads=8, entry_bytes=entry_bytes)
+            backend.resolve("triton", cuda, dtype, **size)
+    else:
+        assert backend.resolve("triton", cuda, dtype, **size).name == "triton"
