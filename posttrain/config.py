@@ -361,7 +361,7 @@ class Cluster(Model):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter type of learner and engines."""
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """Kernels of the sparse attention in learner and engines; "auto" is Triton's on a GPU that fits them."""
+    """Kernels of the sparse attention in learner and engines; "auto" is Triton's for bf16 on a GPU that fits them."""
     deterministic: bool = False
     """Gradients of a step are the same bits every time; on a GPU this costs speed (kernels/README.md)."""
     threads: int = Field(0, ge=0)
