@@ -23,6 +23,7 @@ from typing import Any
 
 import worker
 
+from posttrain import process
 from posttrain.toy import sorting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ def main() -> None:
         results: dict[str, list[Result]] = {side: [] for side in sides}
         for _ in range(args.rounds):
             for side in sides:
-                results[side].append(_run(side, python[side], spec))
+                results[side].append(_run(side, python[side], spec, huge_pages=args.huge_pages))
         _check_equal_prompts(results)
         report[f"eos_{eos}"] = figures = _figures(results)
         print(f"\nEOS {eos}\n{_table(figures)}", flush=True)
@@ -95,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--threads", type=int, default=2, help="torch threads of each process")
     options.add_argument("--eos", choices=("off", "on", "both"), default="both")
     options.add_argument("--ray", action="store_true", help="also measure our side behind Ray")
+    options.add_argument(
+        "--huge-pages", action="store_true", help="let TRL have huge pages too, as our actors do"
+    )
     options.add_argument("--json", type=Path, help="write all figures here")
     return options
 
@@ -170,7 +174,7 @@ def _spec(checkpoint: Path, *, stop_at_eos: bool, steps: int, threads: int) -> w
     )
 
 
-def _run(side: str, python: str, spec: worker.Spec) -> Result:
+def _run(side: str, python: str, spec: worker.Spec, *, huge_pages: bool) -> Result:
     """One process from its start to its end."""
     given, out = BENCH / "spec.json", BENCH / "result.json"
     given.write_text(json.dumps(asdict(spec)))
@@ -185,6 +189,8 @@ def _run(side: str, python: str, spec: worker.Spec) -> Result:
     }
     if side == "trl":
         env.pop("PYTHONPATH", None)  # nothing of ours in the other environment
+    if huge_pages or side != "trl":
+        env = process.ENVIRONMENT | env
     busy, began = _busy_s() - _children_s(), time.monotonic()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     others = (_busy_s() - _children_s() - busy) / (time.monotonic() - began) / (os.cpu_count() or 1)

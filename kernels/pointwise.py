@@ -35,16 +35,18 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """With n = x scale and g = dy weight: dx = scale (g - n mean(g n)), dweight = sum over tokens of dy n."""
+        """With n = x scale and g = dy weight: dx = scale (g - n mean(g n)), dweight = sum over tokens of dy n.
+
+        Layer norm's backward at mean 0 is the same less scale mean(g), and is one pass over memory.
+        """
         x_TD, weight_D, scale_T1 = ctx.saved_tensors
-        dy_TD = grads[0]
-        n_TD = x_TD * scale_T1
-        products_TD = dy_TD * n_TD
-        dweight_D = products_TD.flatten(0, -2).sum(0).to(weight_D.dtype)
-        # mean(g n) = (dy n) . weight / D, from the product that dweight needs anyway
-        mean_T1 = (products_TD @ weight_D.to(products_TD.dtype)).div_(x_TD.shape[-1])[..., None]
-        dx_TD = (dy_TD * weight_D).to(n_TD.dtype).addcmul_(n_TD, mean_T1, value=-1).mul_(scale_T1)
-        return dx_TD.to(x_TD.dtype), dweight_D, None
+        dy_TD, x_TD, w_D = (t.to(scale_T1.dtype) for t in (grads[0], x_TD, weight_D))
+        zero_T1 = torch.zeros_like(scale_T1)
+        dx_TD, dweight_D, _ = torch.ops.aten.native_layer_norm_backward(
+            dy_TD, x_TD, w_D.shape, zero_T1, scale_T1, w_D, None, (True, True, False)
+        )
+        dx_TD += (dy_TD @ w_D).div_(len(w_D))[..., None] * scale_T1
+        return dx_TD.to(grads[0].dtype), dweight_D.to(weight_D.dtype), None
 
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:

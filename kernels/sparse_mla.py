@@ -66,23 +66,23 @@ class _SparseMla(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         q_NHE, entries_SE, slots_NK, ctx.scale, ctx.value_size = args
         o_NHR, p_NHK = _forward(*args)
-        ctx.save_for_backward(q_NHE, entries_SE, slots_NK, p_NHK, o_NHR)
+        ctx.save_for_backward(q_NHE, entries_SE, slots_NK, p_NHK)
         ctx.mark_non_differentiable(p_NHK)
         return o_NHR, p_NHK
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Softmax backward with delta = dO . O; the gradients of an entry add up in fp32."""
-        q_NHE, entries_SE, slots_NK, p_NHK, o_NHR = ctx.saved_tensors
+        """All of a query's entries are here, so softmax goes backward as it is; an entry's gradients add up in fp32."""
+        q_NHE, entries_SE, slots_NK, p_NHK = ctx.saved_tensors
         do_NHR, dtype = grads[0], q_NHE.dtype
         dq_NHE = torch.empty_like(q_NHE)
         dentries_SE = torch.zeros_like(entries_SE, dtype=torch.promote_types(dtype, torch.float32))
-        delta_NH1 = (do_NHR * o_NHR).sum(-1, keepdim=True, dtype=p_NHK.dtype)
         do_NHE = F.pad(do_NHR, (0, q_NHE.shape[2] - ctx.value_size))  # an entry's rotary part is no value
         for chunk in _chunks(slots_NK, entries_SE):
             kv_nKE, p_nHK, do_nHR = _gather(entries_SE, slots_NK[chunk]), p_NHK[chunk], do_NHR[chunk]
             dp_nHK = torch.bmm(do_nHR, kv_nKE[..., : ctx.value_size].transpose(1, 2)).to(p_nHK.dtype)
-            ds_nHK = (dp_nHK.sub_(delta_NH1[chunk]).mul_(p_nHK).mul_(ctx.scale)).to(dtype)
+            ds_nHK = torch.ops.aten._softmax_backward_data(dp_nHK, p_nHK, -1, p_nHK.dtype)
+            ds_nHK = ds_nHK.mul_(ctx.scale).to(dtype)
             torch.bmm(ds_nHK, kv_nKE, out=dq_NHE[chunk])
             dkv_nKE = torch.bmm(ds_nHK.transpose(1, 2), q_NHE[chunk])
             dkv_nKE.baddbmm_(p_nHK.to(dtype).transpose(1, 2), do_NHE[chunk])

@@ -105,6 +105,8 @@ class Cluster:
     def _start(self) -> None:
         if self._started:
             return
+        for name, value in process.ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray gives its workers the lowest priority but four; our actors are the work, not a guest of it.
