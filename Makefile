@@ -33,9 +33,11 @@ forgetting: $(INSTALLED)
 	$(BIN)/python benchmarks/forgetting_seeds.py
 
 test: $(INSTALLED)
+	.ci/sandbox
 	$(BIN)/python -m pytest -m "not slow"
 
 test-full: $(INSTALLED) $(TRITON36)
+	.ci/sandbox
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED)
