@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
-from posttrain.kernels.product_triton import dot, interpreted
+from posttrain.kernels.product_triton import block, dot, interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -183,5 +183,5 @@ def _check(q_NHE: Tensor, k_SHC: Tensor, k_rot_SP: Tensor, ranges: Ranges) -> di
         )
     if not q_NHE.is_contiguous() or not k_rot_SP.is_contiguous() or k_SHC.stride(2) != 1:
         raise ValueError("q and the rotary k must be contiguous, k in its last dimension")
-    BC, BP = max(16, triton.next_power_of_2(C)), max(16, triton.next_power_of_2(P))
+    BC, BP = block(C), block(P)
     return {"H": H, "C": C, "P": P, "BC": BC, "BP": BP}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from posttrain.kernels import topk_triton
 from posttrain.kernels.lanes import Lanes
-from posttrain.kernels.product_triton import dot, interpreted
+from posttrain.kernels.product_triton import block, dot, interpreted
 
 CHUNK_BYTES = 24 << 20
 """Scores of one chunk of queries: two of them stay in an H200's L2 cache."""
@@ -223,11 +223,11 @@ def _write_scores(
 ) -> None:  # fmt: skip
     """The scores of a chunk as integers in their order, [rows, width], where a query needs them."""
     _, J, I = q_NJI.shape
-    BJ = max(16, triton.next_power_of_2(J))
+    BJ = block(J)
     _scores_kernel[(triton.cdiv(chunk.width, shape.keys), triton.cdiv(chunk.rows, shape.queries))](
         q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, out, ranges.begin_N, ranges.end_N,
         chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
-        J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
+        J=J, I=I, K=num_kept, BJ=BJ, BI=block(I), BK=shape.keys,
         BQ=shape.queries, QD=shape.together(BJ),
         SCALED=k_scale_S is not None, INTERPRET=interpreted(),
         STAGES=shape.stages, num_warps=shape.warps,

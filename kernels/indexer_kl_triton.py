@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.product_triton import dot, interpreted
+from posttrain.kernels.product_triton import block, dot, interpreted
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def indexer_kl(
         raise ValueError(f"slots are {slots_NK.dtype}, not int32")
     if not (q_NJI.is_contiguous() and k_SI.is_contiguous() and slots_NK.is_contiguous()):
         raise ValueError("q, k and slots must be contiguous")
-    like, BI = w_NJ, max(16, triton.next_power_of_2(I))
+    like, BI = w_NJ, block(I)
     kl_N, scores_NK = like.new_empty(N), like.new_empty(N, K)
     dq_NJI, dw_NJ = like.new_empty(N, J, I), like.new_empty(N, J)
     dk_SI = torch.zeros(k_SI.shape, dtype=torch.int64 if deterministic else torch.float32, device=k_SI.device)
@@ -182,7 +182,7 @@ def indexer_kl(
         _kernel[(N,)](
             q_NJI, k_SI, w_NJ, slots_NK, p_NK, weight_N, scores_NK, kl_N, dq_NJI, dw_NJ, dk_SI,
             unit, lost, len(k_SI), J=J, I=I, K=K,
-            BJ=max(16, triton.next_power_of_2(J)), BI=BI, BC=max(16, BI // 2),
+            BJ=block(J), BI=BI, BC=max(16, BI // 2),
             BK=shape.keys, KB=triton.next_power_of_2(K), EXACT=deterministic,
             INTERPRET=interpreted(), STAGES=shape.stages, num_warps=shape.warps,
             maxnreg=shape.registers,

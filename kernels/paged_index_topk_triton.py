@@ -18,7 +18,7 @@ from torch import Tensor
 from posttrain.kernels import topk_triton
 from posttrain.kernels.index_topk_triton import SHAPE, Shape, score_tile
 from posttrain.kernels.pages import Pages
-from posttrain.kernels.product_triton import interpreted
+from posttrain.kernels.product_triton import block, interpreted
 from posttrain.kernels.topk_triton import ordered
 
 SPAN = 512
@@ -98,13 +98,13 @@ def topk(
     buffer = torch.empty(N * width + work, dtype=torch.int32, device=q_BQJI.device)
     new_Q = torch.arange(1 - Q, 1, dtype=torch.int32, device=q_BQJI.device)
     end_N = (pages.lengths_B[:, None] + new_Q).clamp(min=0).view(-1)
-    BJ = max(16, triton.next_power_of_2(J))
+    BJ = block(J)
     if N:
         together = shape.together(BJ)
         _paged_scores_kernel[(B * triton.cdiv(Q, together), triton.cdiv(pages.max_length, SPAN))](
             q_BQJI.contiguous(), pool_PSI, w_BQJ.contiguous(), table_BM, pages.lengths_B, buffer,
             pages.block_size, table_BM.stride(0), pool_PSI.stride(0), pool_PSI.stride(1), width,
-            Q=Q, J=J, I=I, K=num_kept, BJ=BJ, BI=max(16, triton.next_power_of_2(I)), BK=shape.keys,
+            Q=Q, J=J, I=I, K=num_kept, BJ=BJ, BI=block(I), BK=shape.keys,
             QD=together, SPAN=SPAN, INTERPRET=interpreted(), STAGES=shape.stages,
             num_warps=shape.warps,
         )  # fmt: skip

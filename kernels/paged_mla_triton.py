@@ -17,8 +17,8 @@ from torch import Tensor
 
 from posttrain.kernels.paged_index_topk_triton import page
 from posttrain.kernels.pages import Pages
-from posttrain.kernels.product_triton import dot, interpreted
-from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, block
+from posttrain.kernels.product_triton import block, dot, interpreted
+from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles
 
 PART = 512
 """Kept entries of a part."""

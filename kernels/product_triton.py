@@ -18,3 +18,8 @@ def dot(a, b, INTERPRET: tl.constexpr):
 def interpreted() -> bool:
     """Whether kernels run in the interpreter: what kernels take as INTERPRET."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def block(size: int) -> int:
+    """Size of the block that holds a dimension of a product: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(size))

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from posttrain.kernels import sparse_mla_backward_gluon as gluon
 from posttrain.kernels.lanes import Lanes
-from posttrain.kernels.product_triton import dot, interpreted
-from posttrain.kernels.sparse_mla_triton import LOG2E, block, check, fits_gluon, kept, last_kept
+from posttrain.kernels.product_triton import block, dot, interpreted
+from posttrain.kernels.sparse_mla_triton import LOG2E, check, fits_gluon, kept, last_kept
 
 WORKSPACE_BYTES = 1 << 30
 """P and dS of the chunks of queries under way; in deterministic mode the rows of one chunk."""

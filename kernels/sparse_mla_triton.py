@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import sparse_mla_gluon
-from posttrain.kernels.product_triton import dot, interpreted
+from posttrain.kernels.product_triton import block, dot, interpreted
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MAX_HEADS = 128
@@ -209,8 +209,3 @@ def check(q_NHE: Tensor, entries_SE: Tensor, slots_NK: Tensor, value_size: int) 
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
     return N, H, E
-
-
-def block(size: int) -> int:
-    """Size of the block that holds a dimension of a product: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(size))

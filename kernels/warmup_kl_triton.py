@@ -27,7 +27,7 @@ from torch import Tensor
 
 from posttrain.kernels import dense_probs_triton
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
-from posttrain.kernels.product_triton import dot, interpreted
+from posttrain.kernels.product_triton import block, dot, interpreted
 
 SEGMENT = 8192
 """Keys of one sum of dq."""
@@ -334,8 +334,8 @@ class _Workspace:
 
 def _sizes(q_NJI: Tensor) -> dict[str, int]:
     J, I = q_NJI.shape[1:]
-    BJ = max(16, triton.next_power_of_2(J))
-    return {"J": J, "I": I, "BJ": BJ, "BI": max(16, triton.next_power_of_2(I)), "BW": min(32, BJ)}
+    BJ = block(J)
+    return {"J": J, "I": I, "BJ": BJ, "BI": block(I), "BW": min(32, BJ)}
 
 
 def _loss(
