@@ -41,6 +41,15 @@ class DsaAttention(hf.DeepseekV32Attention):
 
     def forward(self, x_TD: Tensor, rope: Rope, context: Context) -> Tensor:  # type: ignore[override]  # packed, not padded
         """Attention of all tokens of the pass, [T, D] -> [T, D]."""
+        tokens = self._project(x_TD, rope, context)
+        if not context.parts:
+            o_THV = self._attend(tokens, context)
+        else:
+            context.add(self.layer_idx, tokens.entries_TE, tokens.k_index_TI)
+            o_THV = torch.cat([self._attend(tokens.rows(part.rows), part.context) for part in context.parts])
+        return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
+
+    def _project(self, x_TD: Tensor, rope: Rope, context: Context) -> "_Tokens":
         latent_TC = self.q_a_layernorm(self.q_a_proj(x_TD))
         q_THE = self.q_b_proj(latent_TC).view(len(x_TD), -1, self.qk_head_dim)
         q_nope_THN, q_rot_THP = q_THE.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
@@ -48,12 +57,19 @@ class DsaAttention(hf.DeepseekV32Attention):
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
         entries_TE = torch.cat((self.kv_a_layernorm(kv_TR), rotate(k_rot_TP, rope)), dim=-1)
-        q_rot_THP = rotate(q_rot_THP, rope)
+        tokens = _Tokens(q_nope_THN, rotate(q_rot_THP, rope), entries_TE)
+        if context.attention == "sparse" or context.indexer_loss == "dense":
+            with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
+                tokens.q_index_TJI, tokens.k_index_TI, tokens.w_TJ = self.indexer(x_TD, latent_TC, rope)
+        return tokens
+
+    def _attend(self, tokens: "_Tokens", context: Context) -> Tensor:
+        """[T, H, V]"""
+        q_nope_THN, q_rot_THP, entries_TE = tokens.q_nope_THN, tokens.q_rot_THP, tokens.entries_TE
         sparse, warmup = context.attention == "sparse", context.indexer_loss == "dense"
         by_triton = context.backend.name == "triton"
         if sparse or warmup:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
-                q_index_TJI, k_index_TI, w_TJ = self.indexer(x_TD, latent_TC, rope)
+            q_index_TJI, k_index_TI, w_TJ = tokens.index()
         if by_triton and (sparse or warmup):
             kept_TK = None if context.replay_kept is None else context.replay_kept[self.layer_idx]
             rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ * self.indexer.head_dim**-0.5, kept_TK)
@@ -65,12 +81,10 @@ class DsaAttention(hf.DeepseekV32Attention):
         elif warmup:
             self._warmup_by_triton(rows, entries_TE, k_index_TI, context)
         if not sparse:
-            o_THV = self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
-        elif by_triton:
-            o_THV = self._sparse_by_triton(rows, entries_TE, k_index_TI, context)
-        else:
-            o_THV = self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
-        return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
+            return self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
+        if by_triton:
+            return self._sparse_by_triton(rows, entries_TE, k_index_TI, context)
+        return self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
 
     def _index_scores(self, q_TJI: Tensor, k_TI: Tensor, w_TJ: Tensor, context: Context) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
@@ -238,6 +252,28 @@ class DsaAttention(hf.DeepseekV32Attention):
             caught_BQ = (p_BQL.gather(-1, kept_BQK.clamp(min=0)) * (kept_BQK >= 0)).sum(-1)
             oracle_BQ = p_BQL.topk(min(self.index_topk, p_BQL.shape[-1]), dim=-1).values.sum(-1)
             record.recall = torch.stack([(x * counted_BQ).sum() for x in (caught_BQ, oracle_BQ)])
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """What the projections make of each token; the indexer's part only where it is used."""
+
+    q_nope_THN: Tensor
+    q_rot_THP: Tensor
+    entries_TE: Tensor
+    q_index_TJI: Tensor | None = None
+    k_index_TI: Tensor | None = None
+    w_TJ: Tensor | None = None
+
+    def index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and head weights of the indexer."""
+        assert self.q_index_TJI is not None and self.k_index_TI is not None and self.w_TJ is not None, "unused"
+        return self.q_index_TJI, self.k_index_TI, self.w_TJ
+
+    def rows(self, rows: slice) -> "_Tokens":
+        """Some of them."""
+        parts = (self.q_nope_THN, self.q_rot_THP, self.entries_TE, self.q_index_TJI, self.k_index_TI, self.w_TJ)
+        return _Tokens(*(part if part is None else part[rows] for part in parts))  # type: ignore[arg-type]  # the first three are there
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 The same modules run in training and in generation; what differs is the context. `PackedContext` is
 for training: documents packed into [T], laid out as a grid [B, L] of documents inside attention only.
 `StaticContext` is for the torch engine: one preallocated cache of latents and indexer keys.
-A paged context for vLLM has the same surface. Only the torch backend works on grids [B, Q] and [B, L]; Triton's
+`PagedContext` (paged.py) is for vLLM's. Only the torch backend works on grids [B, Q] and [B, L]; Triton's
 kernels see tokens [T] and slots [S], the rows of slotted(). Next: attention.py.
 
 Shape letters: T tokens, B rows, Q queries per row, L keys per row, S slots, N layers, K kept, E experts per token.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # triton exists on Linux only
 AttentionMode = Literal["dense", "sparse"]
 IndexerLoss = Literal["none", "dense", "sparse"]
 KeyName = Literal["entries", "index"]
+RunExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""x [T, D], experts [T, E], weights fp32 [T, E], gate_up [X, 2 F, D], down [X, D, F] -> [T, D]."""
 
 
 @dataclass(slots=True)
@@ -41,8 +44,6 @@ class LayerRecord:
     """[2] attention mass caught by the indexer's top-k and by the oracle's, summed over the queries counted."""
     kept_BQK: Tensor | None = None
     experts_TE: Tensor | None = None
-    load_X: Tensor | None = None
-    """[num_experts] tokens routed to each expert."""
 
 
 class Context(Protocol):
@@ -58,6 +59,9 @@ class Context(Protocol):
     records: dict[int, LayerRecord]
     replay_experts: dict[int, Tensor] | None
     replay_kept: dict[int, Tensor] | None
+    parts: Sequence["Part"]
+    """The pieces of a mixed pass, which attend one by one when add() has put the keys of all into the cache."""
+    run_experts: "RunExperts | None"
 
     def grid(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [B, Q, ...]."""
@@ -99,6 +103,19 @@ class Context(Protocol):
         """The record of a layer, made on first use."""
         ...
 
+    def add(self, layer: int, entries_TE: Tensor, k_index_TI: Tensor | None) -> None:
+        """Put the keys of a pass in parts into one layer's cache."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a mixed pass."""
+
+    rows: slice
+    """Its tokens."""
+    context: Context
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -124,7 +141,9 @@ class Plan:
 
 
 @dataclass(slots=True)
-class _Base:
+class Base:
+    """What all contexts have."""
+
     attention: AttentionMode
     backend: Backend = TORCH
     indexer_loss: IndexerLoss = "none"
@@ -139,6 +158,9 @@ class _Base:
     of the indexer's top-k. Rows that could keep all their keys must do so."""
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
+    parts: Sequence[Part] = ()
+    run_experts: RunExperts | None = None
+    """What runs the routed experts instead of moe.py."""
     _mask: Tensor | None = None
     _plans: dict[int, Plan] = field(default_factory=dict)
 
@@ -150,9 +172,12 @@ class _Base:
     def record(self, layer: int) -> LayerRecord:
         return self.records.setdefault(layer, LayerRecord())
 
+    def add(self, layer: int, entries_TE: Tensor, k_index_TI: Tensor | None) -> None:
+        raise AssertionError("a pass without parts has nothing to add")
+
 
 @dataclass(slots=True)
-class PackedContext(_Base):
+class PackedContext(Base):
     """Packed documents; no key crosses a document because each row of the grid is one document."""
 
     cu_seqlens_S: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
@@ -194,7 +219,7 @@ class PackedContext(_Base):
         if num_early not in self._plans:
             starts = self.cu_seqlens_S.tolist()
             lengths = np.diff(starts).tolist()
-            self._plans[num_early] = _plan(starts[:-1], lengths, num_early, self.cu_seqlens_S.device)
+            self._plans[num_early] = plan_documents(starts[:-1], lengths, num_early, self.cu_seqlens_S.device)
         return self._plans[num_early]
 
     def pages(self, layer: int) -> None:
@@ -225,7 +250,7 @@ class StaticCache:
 
 
 @dataclass(slots=True)
-class StaticContext(_Base):
+class StaticContext(Base):
     """One step of generation: B rows with Q new tokens each, keys in a StaticCache."""
 
     cache: StaticCache = field(kw_only=True)
@@ -263,7 +288,7 @@ class StaticContext(_Base):
         if num_early not in self._plans:
             rows, width = self.query_positions_BQ.shape
             starts = [row * self.cache.length for row in range(rows)]
-            self._plans[num_early] = _plan(starts, [width] * rows, num_early, self.positions_T.device)
+            self._plans[num_early] = plan_documents(starts, [width] * rows, num_early, self.positions_T.device)
         return self._plans[num_early]
 
     def pages(self, layer: int) -> Pages | None:
@@ -294,15 +319,20 @@ def _shift(kept_BQK: Tensor, starts_B: Tensor) -> Tensor:
     return torch.where(kept_BQK < 0, kept_BQK, kept_BQK + starts_B[:, None, None])
 
 
-def _plan(starts: list[int], lengths: list[int], num_early: int, device: torch.device) -> Plan:
-    """The plan for documents of these lengths and first slots; the first num_early rows of each are dense."""
+def plan_documents(
+    starts: list[int], lengths: list[int], num_early: int, device: torch.device, *, begun: int = 0
+) -> Plan:
+    """The plan for documents of these lengths and first slots; the first num_early rows of each are dense.
+
+    Of a document that an earlier pass has begun, with so many tokens, no row is dense: its keys are not all here.
+    """
     from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
 
     sizes = torch.tensor(lengths)
     first_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    positions_T = torch.arange(len(first_T)) - first_T
+    positions_T = torch.arange(len(first_T)) - first_T + begun
     begin_T = torch.tensor(starts).repeat_interleave(sizes)
-    if not num_early:
+    if not num_early or begun:
         return Plan(key_ranges(begin_T, begin_T + positions_T + 1, device))
     is_early_T = positions_T < num_early
     early_T, late_T = is_early_T.nonzero()[:, 0], (~is_early_T).nonzero()[:, 0]

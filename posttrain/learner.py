@@ -24,7 +24,7 @@ from posttrain import config, logprob, loss
 from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
-from posttrain.model.moe import update_bias
+from posttrain.model.moe import count_load, update_bias
 from posttrain.optimizer import Optimizers
 from posttrain.schema import Batch
 
@@ -178,8 +178,8 @@ class Learner:
                         kl[layer] += float(record.kl_value)
                     if record.recall is not None:
                         recall[layer] += record.recall.cpu()
-                    if record.load_X is not None and mode == "sparse":
-                        load[layer] = load.get(layer, 0) + record.load_X.cpu()
+                    if record.experts_TE is not None and mode == "sparse":
+                        load[layer] = load.get(layer, 0) + self._count_load(record.experts_TE).cpu()
             targets += int(long_M.sum())
             counted += int((context.positions_T >= topk).sum())
             queries += len(batch.tokens_T)
@@ -341,8 +341,11 @@ class Learner:
         for layer, record in sorted(context.records.items()):
             if record.kl_value is not None:  # known only now
                 sums[f"indexer_kl/{layer}"] += float(record.kl_value) * share
-            if record.load_X is not None:
-                self._load[layer] = self._load.get(layer, 0) + record.load_X
+            if record.experts_TE is not None:
+                self._load[layer] = self._load.get(layer, 0) + self._count_load(record.experts_TE)
+
+    def _count_load(self, experts_TE: Tensor) -> Tensor:
+        return count_load(experts_TE, self.model.config.n_routed_experts)
 
     def _finish(self, sums: defaultdict[str, float], batches: Sequence[Batch]) -> Figures:
         figures = dict(sums) | self.optimizers.step(finite=math.isfinite(sums["loss"]))

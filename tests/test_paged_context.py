@@ -1,0 +1,124 @@
+"""The model on a paged cache, in chunks and mixed passes, is the model on the packed documents."""
+
+import random
+from typing import Literal
+
+import pytest
+import tiny
+import torch
+
+from posttrain.kernels.backend import Backend
+from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.model.paged import NewTokens, PagedCache, paged
+
+TOPK, BLOCK = 7, 4
+LENGTHS = (3, 41, 1, 22)
+Attention = Literal["dense", "sparse"]
+
+
+def _cache(model: DeepseekV32ForCausalLM, num_blocks: int) -> PagedCache:
+    config = model.config
+    entry = config.kv_lora_rank + config.qk_rope_head_dim
+    pools = [
+        torch.full((num_blocks, BLOCK, entry + config.index_head_dim), 1e4)
+        for _ in range(config.num_hidden_layers)
+    ]
+    return PagedCache(pools_PSX=pools, entry_size=entry)
+
+
+class _Engine:
+    """Sequences in scattered blocks; block 0 belongs to nobody, as in vLLM."""
+
+    def __init__(self, attention: Attention, backend: Backend) -> None:
+        self.model = tiny.model(topk=TOPK, seed=2).eval()
+        self.attention: Attention = attention
+        self.backend = backend
+        self.documents = [tiny.tokens(n, seed=n) for n in LENGTHS]
+        most = -(-max(LENGTHS) // BLOCK) + 1
+        places = list(range(1, 1 + most * len(LENGTHS)))
+        random.Random(0).shuffle(places)
+        self.table = torch.tensor(places, dtype=torch.int32).view(len(LENGTHS), most)
+        self.cache = _cache(self.model, 1 + len(places))
+        self.done = [0] * len(LENGTHS)
+
+    def step(self, counts: dict[int, int]) -> tuple[list[int], torch.Tensor, list[torch.Tensor]]:
+        """Sequences in the order of the pass, hidden states, and kept positions of each layer."""
+        order = sorted(counts, key=lambda b: counts[b] != 1)
+        starts = [self.done[b] for b in order]
+        ends = [self.done[b] + counts[b] for b in order]
+        positions = torch.cat([torch.arange(s, e) for s, e in zip(starts, ends, strict=True)])
+        sequence = torch.tensor([b for b in order for _ in range(counts[b])])
+        block = self.table[sequence, positions // BLOCK].long()
+        new = NewTokens(
+            counts_B=[counts[b] for b in order],
+            ends_B=ends,
+            positions_T=positions,
+            table_BM=self.table[order],
+            lengths_B=torch.tensor(ends, dtype=torch.int32),
+            slots_T=block * BLOCK + positions % BLOCK,
+        )
+        context = paged(
+            new,
+            self.cache,
+            attention=self.attention,
+            backend=self.backend,
+            max_length=self.table.shape[1] * BLOCK,
+            record_kept=True,
+        )
+        tokens = [self.documents[b][s:e] for b, s, e in zip(order, starts, ends, strict=True)]
+        with torch.inference_mode():
+            hidden = self.model.model(torch.cat(tokens), context)
+        for b, end in zip(order, ends, strict=True):
+            self.done[b] = end
+        layers = range(self.model.config.num_hidden_layers if self.attention == "sparse" else 0)
+        return order, hidden, [context.kept(layer, TOPK) for layer in layers]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_chunks_and_mixed_passes_are_the_packed_pass(attention: Attention, backend: str) -> None:
+    if backend == "triton" and attention == "dense":
+        pytest.skip("dense attention is torch's own")
+    engine = _Engine(attention, Backend(name=backend, reason="test", dense_rows=False))  # type: ignore[arg-type]
+    rng = random.Random(1)
+    hidden: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
+    kept: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
+    mixed = 0
+    while any(done < n for done, n in zip(engine.done, LENGTHS, strict=True)):
+        left = {b: n - engine.done[b] for b, n in enumerate(LENGTHS) if n > engine.done[b]}
+        chosen = {b: rng.choice([1, 1, rng.randint(1, min(n, 9))]) for b, n in left.items() if rng.random() < 0.8}
+        if not chosen:
+            continue
+        mixed += len({count == 1 for count in chosen.values()}) == 2
+        order, out, layers = engine.step(chosen)
+        for b, part in zip(order, out.split([chosen[b] for b in order]), strict=True):
+            hidden[b].append(part)
+        for layer in layers:
+            for b, rows in zip(order, layer.split([chosen[b] for b in order]), strict=True):
+                kept[b].append(rows)
+    assert mixed > 2, "no mixed pass"
+    context = tiny.packed(list(LENGTHS), attention)
+    with torch.inference_mode():
+        wanted = engine.model.model(torch.cat(engine.documents), context)
+    found = torch.cat([torch.cat(parts) for parts in hidden])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    if attention == "sparse":
+        for layer in range(3):
+            record = context.records[layer].kept_BQK
+            assert record is not None
+            for b, n in enumerate(LENGTHS):
+                rows = torch.cat(kept[b][layer::3])
+                assert torch.equal(rows.long(), record[b, :n]), f"layer {layer}, document {b}"
+
+
+def test_a_sequence_reads_blocks_that_the_same_pass_fills() -> None:
+    """vLLM lets a second sequence share the prompt's blocks while the first one's prompt is in the same pass."""
+    backend = Backend(name="torch", reason="test")
+    engine = _Engine("sparse", backend)
+    engine.documents[3] = engine.documents[1][:22]
+    engine.table[3, :5] = engine.table[1, :5]  # 20 tokens shared
+    engine.done[3] = 21
+    engine.table[3, 5] = engine.table[1, 5]
+    order, out, _ = engine.step({1: 41, 3: 1})
+    assert order == [3, 1]
+    torch.testing.assert_close(out[0], out[1 + 21], rtol=0, atol=2e-5)
