@@ -21,26 +21,21 @@ from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
 from posttrain.rollouts import chat, sampling
-from posttrain.rollouts.environment import Failed, Live, step_all
+from posttrain.rollouts.dialogue import Dialogue, end_turns
+from posttrain.rollouts.environment import Failed
 from posttrain.rollouts.request import Request, Sampling
-from posttrain.schema import Message, Rollout, SamplingMask, Stop
+from posttrain.schema import Rollout, SamplingMask, Stop
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped when fewer than this share of the rows is alive (measured: +56 to +72 % tokens/s)."""
 
 
 @dataclass(slots=True)
-class _Row:
-    """One sequence being generated."""
+class _Row(Dialogue):
+    """One sequence of a wave."""
 
-    request: Request
-    prompt: list[int]
-    order: int
-    turn_start: int
-    live: Live
-    messages: list[Message] = field(default_factory=list)
+    order: int = field(kw_only=True)
     forced: list[int] = field(default_factory=list)
-    turns: int = 0
     kept: list[NDArray[Any]] = field(default_factory=list)
     experts: list[NDArray[np.int16]] = field(default_factory=list)
     mask_ids: list[NDArray[np.int32]] = field(default_factory=list)
@@ -81,16 +76,8 @@ class TorchEngine:
         prompts = {id: chat.encode_prompt(self.tokenizer, task) for id, task in tasks.items()}
         done: dict[int, Rollout] = {}
         for start in range(0, len(requests), max_rows):
-            rows = [
-                _Row(
-                    request=r,
-                    prompt=prompts[r.task.id],
-                    order=i,
-                    turn_start=len(prompts[r.task.id]),
-                    live=Live(r.environment, r.task, r.seed),
-                )
-                for i, r in enumerate(requests[start : start + max_rows], start)
-            ]
+            wave = enumerate(requests[start : start + max_rows], start)
+            rows = [_Row(r, prompts[r.task.id], order=i) for i, r in wave]
             done.update(_Wave(self, rows, settings).run())
         return [done[i] for i in range(len(requests))]
 
@@ -229,50 +216,32 @@ class _Wave:
             if stop is not None:
                 self._finish(int(i), stop)
 
-    def _turn_text(self, i: int) -> str:
-        start = self.rows[i].turn_start
-        tokens = self.tokens_BL[i, : self.lengths_B[i]].tolist()
-        return chat.turn_text(self.engine.tokenizer, tokens[:start], tokens[start:])
+    def _tokens(self, i: int) -> list[int]:
+        tokens: list[int] = self.tokens_BL[i, : self.lengths_B[i]].tolist()
+        return tokens
 
     def _end_turns(self, ended: Sequence[int]) -> list[Stop | Failed | None]:
         """Close an assistant turn of these rows; None where tool results make the rollout go on."""
-        turns = []
-        for i in ended:
-            row = self.rows[i]
-            row.messages.append({"role": "assistant", "content": self._turn_text(i)})
-            row.turns += 1
-            turns.append((row.live, str(row.messages[-1]["content"])))
-        return [self._go_on(i, results) for i, results in zip(ended, step_all(turns), strict=True)]
-
-    def _go_on(self, i: int, results: Sequence[str] | Failed | None) -> Stop | Failed | None:
-        row = self.rows[i]
-        if isinstance(results, Failed):
-            return results
-        if not results:
-            return "eos"
-        if row.turns >= row.request.max_turns:
-            return "turns"
-        tokenizer = self.engine.tokenizer
-        results = [chat.as_data(tokenizer, result) for result in results]
-        row.messages += [{"role": "tool", "content": result} for result in results]
-        row.forced = chat.encode_tool_results(tokenizer, results, thinking=row.request.task.thinking)
-        row.turn_start = int(self.lengths_B[i]) + len(row.forced)
-        return None
+        found = end_turns(self.engine.tokenizer, [(self.rows[i], self._tokens(i)) for i in ended])
+        stops: list[Stop | Failed | None] = []
+        for i, what in zip(ended, found, strict=True):
+            if isinstance(what, list):
+                self.rows[i].forced = what
+            stops.append(None if isinstance(what, list) else what)
+        return stops
 
     def _finish(self, i: int, why: Stop | Failed) -> None:
         row, length = self.rows[i], int(self.lengths_B[i])
-        if why == "length" and not row.forced and row.turn_start < length:
-            row.messages.append({"role": "assistant", "content": self._turn_text(i)})
-        stop, outcome = row.live.end(why)
+        cut = why == "length" and not row.forced
+        stop, outcome, text = row.end(self.engine.tokenizer, self._tokens(i), why, cut=cut)
         self.alive_B[i] = False
-        turns = [str(m["content"]) for m in row.messages if m["role"] == "assistant"]
         self.done[row.order] = Rollout(
             task_id=row.request.task.id,
             index=row.request.index,
             tokens=self.tokens_BL[i, :length].copy(),
             sampled=self.sampled_BL[i, :length].copy(),
             logprobs=self.logprobs_BL[i, :length].copy(),
-            text="\n".join(turns),
+            text=text,
             messages=tuple(row.messages),
             stop=stop,
             outcome=outcome,

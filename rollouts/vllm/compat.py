@@ -1,0 +1,48 @@
+"""All that differs between vLLM 0.26 (torch 2.11) and 0.32 (torch 2.13), and all that is reached into. Next: model.py."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+PARAMS = "posttrain"
+"""The key of our settings in SamplingParams.extra_args."""
+
+
+def cache_spec(block_size: int, entry: int, dtype: torch.dtype) -> MLAAttentionSpec:
+    """One entry per token and layer, without values of its own."""
+    return MLAAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=entry, dtype=dtype)
+
+
+def pool(cache: Tensor) -> Tensor:
+    """A layer's cache as [P, S, X]: 0.32 has an axis of heads, [P, 1, S, X]."""
+    return cache.squeeze(1) if cache.dim() == 4 else cache
+
+
+def metadata(layer: str) -> Any:
+    """What our builder made for this pass; None where vLLM only measures memory."""
+    found = get_forward_context().attn_metadata
+    return found[layer] if isinstance(found, dict) else None
+
+
+def host_lengths(common: CommonAttentionMetadata) -> list[int]:
+    """Tokens of each sequence without waiting for the device; exact, since nothing here is speculative."""
+    known = getattr(common, "seq_lens_cpu_upper_bound", None)
+    lengths: list[int] = (common.seq_lens if known is None else known).tolist()
+    return lengths
+
+
+def runner(engine: Any) -> Any:
+    """The model runner of an LLMEngine in this process."""
+    return engine.model_executor.driver_worker.worker.model_runner
+
+
+def fused_experts(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """vLLM's Triton kernel for the routed experts: no wait for the device, so it can be captured in a CUDA graph."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts_op  # needs a GPU build
+
+    out_TD: Tensor = fused_experts_op(x_TD, gate_up, down, weights_TE, experts_TE.int())
+    return out_TD
