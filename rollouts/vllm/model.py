@@ -105,7 +105,7 @@ class DsaForVllm(nn.Module):
             attention=self.attention,
             backend=self.backend,
             max_length=min(self.max_length, new.table_BM.shape[1] * block_size),
-            record_kept=self.records is not None and self.records.kept,
+            record_kept=self.records is not None and self.records.shape.topk > 0,
             run_experts=compat.fused_experts if positions_T.device.type == "cuda" else None,
         )
 

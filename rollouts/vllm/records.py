@@ -6,6 +6,7 @@ long. Next: sampler.py.
 Shape letters: P blocks, S tokens of a block, N layers, K kept, E experts per token, L tokens of a sequence.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,35 +20,41 @@ UNWRITTEN = -2
 MAX_BYTES = 8 << 30
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is recorded of each token."""
+
+    num_layers: int
+    topk: int
+    """0: no kept keys are wanted."""
+    experts: tuple[int, int]
+    """MoE layers, and experts per token; (0, 0): no experts are wanted."""
+
+
 class Records:
-    """Host arrays with a row per token of the pool."""
+    """Host arrays with a row per token of a pool [P, S, ...]."""
 
-    def __init__(
-        self, *, num_slots: int, block_size: int, num_layers: int, topk: int, experts: tuple[int, int], max_length: int
-    ) -> None:
-        """topk 0: no kept keys are wanted; experts: (number of MoE layers, experts per token), (0, 0): no experts.
-
-        Raises ValueError if they do not fit into memory.
-        """
-        small = max_length <= np.iinfo(np.int16).max
-        dtype = torch.int16 if small else torch.int32
-        num_bytes = num_slots * (num_layers * topk * dtype.itemsize + experts[0] * experts[1] * 2)
-        if num_bytes > MAX_BYTES:
+    def __init__(self, shape: Shape, pool: Tensor, *, max_length: int) -> None:
+        """Raises ValueError if they do not fit into memory."""
+        self.shape = shape
+        self._block_size = pool.shape[1]
+        num_slots = pool.shape[0] * pool.shape[1]
+        dtype = torch.int16 if max_length <= torch.iinfo(torch.int16).max else torch.int32
+        per_token = shape.num_layers * shape.topk * dtype.itemsize + shape.experts[0] * shape.experts[1] * 2
+        if num_slots * per_token > MAX_BYTES:
             raise ValueError(
-                f"records of {num_slots} cache entries need {num_bytes / 2**30:.0f} GiB "
-                f"({num_layers} layers x {topk} kept keys), at most {MAX_BYTES >> 30} GiB are allowed: "
-                "set keep.topk = false, or make the engine's cache smaller"
+                f"recording {per_token} bytes for each of {num_slots} cache entries takes "
+                f"{num_slots * per_token / 2**30:.0f} GiB, at most {MAX_BYTES >> 30} are allowed: set keep.topk = "
+                "false, or make the engine's cache smaller"
             )
-        self.kept = topk > 0
-        self._block_size, self._topk, self._num_layers = block_size, topk, num_layers
-        self._kept_SNK = torch.full((num_slots, num_layers, topk), UNWRITTEN, dtype=dtype)
-        self._experts_SNE = torch.full((num_slots, *experts), UNWRITTEN, dtype=torch.int16)
+        self._kept_SNK = torch.full((num_slots, shape.num_layers, shape.topk), UNWRITTEN, dtype=dtype)
+        self._experts_SNE = torch.full((num_slots, *shape.experts), UNWRITTEN, dtype=torch.int16)
 
     def write(self, context: PagedContext) -> None:
         """Note what a pass has chosen."""
         slots_T = context.slots_T.cpu()
-        if self.kept:
-            kept = [context.kept(n, self._topk) for n in range(self._num_layers)]
+        if self.shape.topk:
+            kept = [context.kept(n, self.shape.topk) for n in range(self.shape.num_layers)]
             self._kept_SNK[slots_T] = torch.stack(kept, 1).to("cpu", self._kept_SNK.dtype)
         if self._experts_SNE.numel():
             found = [r.experts_TE for _, r in sorted(context.records.items()) if r.experts_TE is not None]

@@ -1,0 +1,248 @@
+"""The vLLM rollout engine: the surface of TorchEngine over an LLMEngine in this process.
+
+vLLM schedules (continuous batching, chunked prefill, prefix cache, preemption) and owns the cache; the model, the sampling
+and the turns are ours, so that a request with a seed gives the same sample as in the torch engine. A turn after a tool
+result is a new request with all tokens so far, of which the prefix cache supplies what was computed.
+Next: model.py, sampler.py, ../torch_engine.py.
+
+Shape letters: L tokens of a sequence.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from vllm import ModelRegistry, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from posttrain.rollouts import chat
+from posttrain.rollouts.dialogue import Dialogue, end_turns
+from posttrain.rollouts.environment import Failed
+from posttrain.rollouts.request import Request, Sampling
+from posttrain.rollouts.vllm import compat, plugin, records
+from posttrain.rollouts.vllm.model import DsaForVllm
+from posttrain.rollouts.vllm.sampler import Draws, SeededSampler
+from posttrain.schema import Rollout, Stop
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What an engine may use."""
+
+    max_rows: int = 256
+    """Sequences decoded at the same time."""
+    max_batched_tokens: int = 2048
+    """New tokens of one pass: a longer prompt is computed in chunks."""
+    cache_bytes: int = 256 << 20
+    """Of all layers' caches together; what does not fit is preempted and computed again."""
+    block_size: int = 16
+    """Tokens of a block: the grain of the prefix cache."""
+    prefix_cache: bool = True
+    eager: bool = True
+    """No CUDA graphs."""
+
+
+@dataclass(slots=True)
+class _Row(Dialogue):
+    """One sequence, over all its turns."""
+
+    order: int = field(kw_only=True)
+    draws: Draws = field(kw_only=True)
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still follow."""
+        return len(self.prompt) + self.request.max_new_tokens - len(self.tokens)
+
+    def extend(self, tokens: Sequence[int], *, sampled: bool) -> None:
+        """Append tokens."""
+        self.tokens += tokens
+        self.sampled += [sampled] * len(tokens)
+
+
+class VllmEngine:
+    """Generates rollouts with vLLM on one device."""
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: chat.Tokenizer,
+        *,
+        dtype: str = "float32",
+        backend: str = "auto",
+        limits: Limits = Limits(),  # noqa: B008  # frozen
+        seed: int = 0,
+    ) -> None:
+        ModelRegistry.register_model(plugin.ARCHITECTURE, DsaForVllm)  # the class: a name costs a process of 8 s
+        self.tokenizer, self.limits, self.version = tokenizer, limits, 0
+        self.eos_token_id = tokenizer.eos_token_id
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(path),
+                hf_overrides=plugin.OVERRIDES,
+                skip_tokenizer_init=True,
+                dtype=dtype,  # type: ignore[arg-type]  # one of vLLM's words
+                seed=seed,
+                max_num_seqs=limits.max_rows,
+                max_num_batched_tokens=max(limits.max_batched_tokens, limits.max_rows),
+                block_size=limits.block_size,  # type: ignore[arg-type]  # 0.26 lists what its own kernels like
+                kv_cache_memory_bytes=limits.cache_bytes,
+                enable_prefix_caching=limits.prefix_cache,
+                enable_chunked_prefill=True,
+                async_scheduling=False,
+                enforce_eager=limits.eager,
+                disable_log_stats=True,
+                additional_config={"backend": backend},
+            )
+        )
+        self._runner = compat.runner(self._engine)
+        self._model: DsaForVllm = self._runner.model
+        self._sampler = self._runner.sampler = SeededSampler(self._runner)
+        self._numbers = itertools.count()
+        vocabulary = self._model.inner.config.vocab_size
+        if not 0 <= self.eos_token_id < vocabulary:
+            raise ValueError(
+                f"{path}: the tokenizer's stop token {self.eos_token_id} is not among the model's {vocabulary} tokens"
+            )
+
+    @property
+    def backend(self) -> str:
+        """Which kernels run, and why."""
+        return f"{self._model.backend}, in vLLM"
+
+    def load(self, version: int, weights: dict[str, Tensor]) -> None:
+        """Take the learner's weights of that version."""
+        self._model.inner.load_state_dict(weights)
+        self._engine.reset_prefix_cache()
+        self.version = version
+
+    def generate(
+        self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256
+    ) -> list[Rollout]:
+        """One rollout per request, in order; one that cannot be served ends with stop "error" and the reason.
+
+        max_rows is that of the limits: vLLM reads it once.
+        """
+        self._start_records(settings)
+        self._sampler.settings = settings
+        tasks = {r.task.id: r.task for r in requests}
+        prompts = {id: chat.encode_prompt(self.tokenizer, task) for id, task in tasks.items()}
+        done: dict[int, Rollout] = {}
+        running: dict[int, _Row] = {}
+        for order, request in enumerate(requests):
+            row = _Row(request, prompts[request.task.id], order=order, draws=Draws(request.seed))
+            row.extend(row.prompt, sampled=False)
+            obstacle = self._obstacle(row)
+            if obstacle is None:
+                self._submit(row, settings, running)
+            else:
+                done[order] = self._rollout(row, Failed("error", obstacle), settings)
+        while running:
+            done |= self._step(running, settings)
+        return [done[i] for i in range(len(requests))]
+
+    def _obstacle(self, row: _Row) -> str | None:
+        """Why vLLM could not serve a request."""
+        num, new, most = len(row.prompt), row.request.max_new_tokens, self._model.max_length
+        if not num:
+            return "the prompt is empty"
+        if num + new > most:
+            return f"a prompt of {num} tokens with {new} new ones is longer than the model's {most} positions"
+        return None
+
+    def _submit(self, row: _Row, settings: Sampling, running: dict[int, _Row]) -> None:
+        number = next(self._numbers)
+        params = SamplingParams(
+            max_tokens=row.room,
+            ignore_eos=True,  # our stop token is named, vLLM's idea of it may come from a config
+            stop_token_ids=[] if settings.ignore_eos else [self.eos_token_id],
+            detokenize=False,
+            extra_args={compat.PARAMS: number},
+        )
+        self._sampler.draws[number] = row.draws
+        running[number] = row
+        self._engine.add_request(str(number), {"prompt_token_ids": list(row.tokens)}, params)
+
+    def _step(self, running: dict[int, _Row], settings: Sampling) -> dict[int, Rollout]:
+        """One pass of vLLM; of what it has ended, the rollouts that are over, by their order."""
+        over: list[tuple[_Row, Stop | Failed, bool]] = []
+        turns: list[_Row] = []
+        for output in self._engine.step():
+            number = int(output.request_id)
+            row = running[number]
+            if row.draws.broken:
+                over.append((row, Failed("error", "the logits are not finite: the weights are broken"), False))
+                if not output.finished:
+                    self._engine.abort_request([output.request_id])
+            elif output.finished:
+                row.extend(output.outputs[0].token_ids, sampled=True)
+                if settings.ignore_eos or row.tokens[-1] != self.eos_token_id:
+                    over.append((row, "length", True))
+                else:
+                    turns.append(row)
+            else:
+                continue
+            del running[number], self._sampler.draws[number]
+        answers = end_turns(self.tokenizer, [(row, row.tokens) for row in turns])
+        for row, answer in zip(turns, answers, strict=True):
+            if not isinstance(answer, list):
+                over.append((row, answer, False))
+                continue
+            row.extend(answer[: row.room], sampled=False)
+            if row.room:
+                self._submit(row, settings, running)
+            else:
+                over.append((row, "length", False))
+        return {row.order: self._rollout(row, why, settings, cut=cut) for row, why, cut in over}
+
+    def _rollout(self, row: _Row, why: Stop | Failed, settings: Sampling, *, cut: bool = False) -> Rollout:
+        stop, outcome, text = row.end(self.tokenizer, row.tokens, why, cut=cut)
+        kept, experts = self._read_records(row)
+        logprobs = np.zeros(len(row.tokens), np.float32)
+        for position, logp in row.draws.logprobs.items():
+            if position < len(logprobs):
+                logprobs[position] = logp
+        return Rollout(
+            task_id=row.request.task.id,
+            index=row.request.index,
+            tokens=np.array(row.tokens, np.int32),
+            sampled=np.array(row.sampled, np.bool_),
+            logprobs=logprobs,
+            text=text,
+            messages=tuple(row.messages),
+            stop=stop,
+            outcome=outcome,
+            policy_version=self.version,
+            kept=kept,
+            experts=experts,
+            sampling_mask=row.draws.mask(len(row.tokens)) if settings.record_mask else None,
+        )
+
+    def _start_records(self, settings: Sampling) -> None:
+        """Give the model a place for what is to be recorded; forget cache entries computed without it."""
+        config, sparse = self._model.inner.config, self._model.attention == "sparse"
+        topk = config.index_topk if settings.record_kept and sparse else 0
+        moe = self._model.inner.moe_layers()
+        experts = (len(moe), config.num_experts_per_tok) if settings.record_experts and moe else (0, 0)
+        if not topk and not experts[0]:
+            self._model.records = None
+            return
+        shape = records.Shape(config.num_hidden_layers, topk, experts)
+        if self._model.records is None or self._model.records.shape != shape:
+            pool = compat.pool(self._model.caches[0].cache)
+            self._model.records = records.Records(shape, pool, max_length=self._model.max_length)
+            self._engine.reset_prefix_cache()
+
+    def _read_records(self, row: _Row) -> tuple[Any, Any]:
+        if self._model.records is None or row.draws.id is None:
+            return None, None
+        # vLLM forgets an ended request, and gives its blocks to others, in the next pass.
+        blocks = self._runner.requests[row.draws.id].block_ids[0]
+        return self._model.records.read(blocks, len(row.tokens) - 1)
