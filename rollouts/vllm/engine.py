@@ -55,6 +55,8 @@ class _Row(Dialogue):
     draws: Draws = field(kw_only=True)
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
+    full: bool = False
+    """A tool result has filled it up; its last tokens are only computed for the records."""
 
     @property
     def room(self) -> int:
@@ -106,6 +108,8 @@ class VllmEngine:
         self._model: DsaForVllm = self._runner.model
         self._sampler = self._runner.sampler = SeededSampler(self._runner)
         self._numbers = itertools.count()
+        self.num_prefix_hits = 0
+        """Tokens that the prefix cache supplied so far."""
         vocabulary = self._model.inner.config.vocab_size
         if not 0 <= self.eos_token_id < vocabulary:
             raise ValueError(
@@ -116,6 +120,11 @@ class VllmEngine:
     def backend(self) -> str:
         """Which kernels run, and why."""
         return f"{self._model.backend}, in vLLM"
+
+    @property
+    def num_preempted(self) -> int:
+        """How often a sequence had to give up its blocks and was computed again, so far."""
+        return int(self._sampler.num_preempted)
 
     def load(self, version: int, weights: dict[str, Tensor]) -> None:
         """Take the learner's weights of that version."""
@@ -159,16 +168,18 @@ class VllmEngine:
 
     def _submit(self, row: _Row, settings: Sampling, running: dict[int, _Row]) -> None:
         number = next(self._numbers)
+        tokens = row.tokens[:-1] if row.full else list(row.tokens)
         params = SamplingParams(
-            max_tokens=row.room,
+            max_tokens=1 if row.full else row.room,
             ignore_eos=True,  # our stop token is named, vLLM's idea of it may come from a config
             stop_token_ids=[] if settings.ignore_eos else [self.eos_token_id],
             detokenize=False,
             extra_args={compat.PARAMS: number},
         )
+        row.draws.computed = 0
         self._sampler.draws[number] = row.draws
         running[number] = row
-        self._engine.add_request(str(number), {"prompt_token_ids": list(row.tokens)}, params)
+        self._engine.add_request(str(number), {"prompt_token_ids": tokens}, params)
 
     def _step(self, running: dict[int, _Row], settings: Sampling) -> dict[int, Rollout]:
         """One pass of vLLM; of what it has ended, the rollouts that are over, by their order."""
@@ -181,8 +192,12 @@ class VllmEngine:
                 over.append((row, Failed("error", "the logits are not finite: the weights are broken"), False))
                 if not output.finished:
                     self._engine.abort_request([output.request_id])
+            elif output.finished and row.full:
+                row.draws.forget(len(row.tokens) - 1)
+                over.append((row, "length", False))
             elif output.finished:
                 row.extend(output.outputs[0].token_ids, sampled=True)
+                self.num_prefix_hits += output.num_cached_tokens or 0
                 if settings.ignore_eos or row.tokens[-1] != self.eos_token_id:
                     over.append((row, "length", True))
                 else:
@@ -195,8 +210,10 @@ class VllmEngine:
             if not isinstance(answer, list):
                 over.append((row, answer, False))
                 continue
-            row.extend(answer[: row.room], sampled=False)
-            if row.room:
+            forced = answer[: row.room]
+            row.extend(forced, sampled=False)
+            row.full = not row.room
+            if not row.full or (forced and self._model.records is not None):
                 self._submit(row, settings, running)
             else:
                 over.append((row, "length", False))

@@ -33,6 +33,13 @@ class Draws:
     """Logits were not finite; what was drawn since means nothing."""
     id: str | None = None
     """vLLM's name of the request that is drawn for."""
+    computed: int = 0
+    """Tokens that were in the cache before the last pass."""
+
+    def forget(self, position: int) -> None:
+        """The token at this position was drawn for nothing."""
+        self.logprobs.pop(position)
+        self.masks.pop(position, None)
 
     def mask(self, length: int) -> SamplingMask:
         """Of a sequence of that many tokens."""
@@ -49,6 +56,7 @@ class SeededSampler:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self.settings = Sampling()
+        self.num_preempted = 0
         self.draws: dict[int, Draws] = {}
         """By the number that the request carries in its sampling parameters."""
 
@@ -69,8 +77,9 @@ class SeededSampler:
         masks = _masks(logp_BV) if settings.record_mask else [None] * num_rows
         incomplete_B = runner.discard_request_mask.np[:num_rows]
         rows = zip(draws, positions_B.tolist(), logp_B, finite_B.tolist(), masks, incomplete_B, strict=True)
-        for id, draw in zip(ids, draws, strict=True):
-            draw.id = id
+        for id, draw, computed in zip(ids, draws, runner.input_batch.num_computed_tokens_cpu, strict=False):
+            self.num_preempted += computed < draw.computed
+            draw.id, draw.computed = id, int(computed)
         for draw, position, logp, finite, mask, incomplete in rows:
             draw.broken |= not finite
             if not incomplete:
