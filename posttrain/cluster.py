@@ -17,6 +17,7 @@ import ray
 from posttrain import config, process
 from posttrain.learner import Learner, Setup
 from posttrain.rollouts.pool import Pool, PoolSetup, wait
+from posttrain.rollouts.vllm import launch
 from posttrain.schema import Batch
 
 
@@ -107,6 +108,8 @@ class Cluster:
             return
         for name, value in process.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if self.cfg.rollouts.engine == "vllm":
+            os.environ.update(launch.ENVIRONMENT)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray gives its workers the lowest priority but four; our actors are the work, not a guest of it.

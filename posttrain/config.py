@@ -318,7 +318,8 @@ class Keep(Model):
 class Rollouts(Model):
     """How completions are generated."""
 
-    engine: Literal["torch", "fake"] = "torch"
+    engine: Literal["torch", "vllm", "fake"] = "torch"
+    """"vllm" runs the same model inside vLLM, with its scheduling and paged cache; an extra (docs/vllm.md)."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the likeliest tokens whose mass reaches this; smaller is narrower."""
@@ -326,6 +327,10 @@ class Rollouts(Model):
     """Sample from at most so many tokens; 0 = no limit. Bounds the memory of keep.sampling_mask."""
     max_rows: int = Field(256, ge=1)
     """Sequences decoded at the same time by one actor."""
+    cache_mib: int = Field(256, ge=1)
+    """Memory of a vLLM engine's cache; sequences that do not fit wait, or are computed again."""
+    batched_tokens: int = Field(2048, ge=16)
+    """New tokens of one pass of vLLM; a longer prompt is computed in chunks. More are faster and need memory."""
 
 
 class Rl(_Stage):

@@ -63,7 +63,14 @@ def sample_seed(seed: int, epoch: int, task_id: str, index: int) -> int:
 def pool_setup(checkpoint: Path, cfg: Rollouts) -> PoolSetup:
     """Engines for a checkpoint, dense or sparse as it is."""
     attention = attention_of(checkpoint)
-    return PoolSetup(checkpoint=checkpoint, attention=attention, engine=cfg.engine, max_rows=cfg.max_rows)
+    return PoolSetup(
+        checkpoint=checkpoint,
+        attention=attention,
+        engine=cfg.engine,
+        max_rows=cfg.max_rows,
+        cache_bytes=cfg.cache_mib << 20,
+        batched_tokens=cfg.batched_tokens,
+    )
 
 
 def sampling(cfg: Rollouts, keep: Keep | None = None) -> Sampling:

@@ -26,6 +26,7 @@ from posttrain.model import checkpoint
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
 from posttrain.model.moe import count_load, update_bias
 from posttrain.optimizer import Optimizers
+from posttrain.model.weights import Weights, pack
 from posttrain.schema import Batch
 
 Figures = dict[str, float]
@@ -202,9 +203,9 @@ class Learner:
             "counted_targets": targets,
         }
 
-    def weights(self) -> dict[str, Tensor]:
-        """All parameters and buffers that a checkpoint holds, on the CPU."""
-        return {name: t.detach().cpu() for name, t in self.model.state_dict().items()}
+    def weights(self) -> Weights:
+        """What engines are sent."""
+        return pack(self.model.state_dict())
 
     def save(self, path: Path, *, dense: bool = False) -> None:
         """Write a Hugging Face checkpoint; dense drops the indexers and writes deepseek_v3."""

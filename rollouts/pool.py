@@ -1,4 +1,4 @@
-"""Rollout actors behind one object: spread requests, collect in order, replace actors that die.
+"""Rollout actors behind one object: spread requests, collect in order, replace actors that die or hang.
 
 A request carries its own seed, so that a request repeated on another actor gives the same sample, and
 nothing is lost or doubled when an actor is killed in the middle of a step. Next: torch_engine.py.
@@ -26,8 +26,10 @@ class PoolSetup:
 
     checkpoint: Path
     attention: Literal["dense", "sparse"]
-    engine: Literal["torch", "fake"] = "torch"
+    engine: Literal["torch", "vllm", "fake"] = "torch"
     max_rows: int = 256
+    cache_bytes: int = 256 << 20
+    batched_tokens: int = 2048
     device: str = "cpu"
     dtype: str = "float32"
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -54,7 +56,7 @@ class Pool:
         return self
 
     def load(self, version: int, weights: Any) -> None:
-        """Give all actors new weights (a Ray reference to a state dict)."""
+        """Give all actors new weights (a Ray reference to model.weights.Weights)."""
         self._weights = (version, weights)
         self._wait([(i, a.load.remote(version, weights)) for i, a in enumerate(self._actors)], "load")
 
@@ -73,7 +75,8 @@ class Pool:
             for i, reference in waiting:
                 try:
                     done[i] = self._get(reference, f"rollout actor {i}")
-                except ray.exceptions.RayActorError as error:
+                except (ray.exceptions.RayActorError, TimeoutError) as error:
+                    ray.kill(self._actors[i])  # it may only hang
                     if on_failure is not None:
                         on_failure(parts[i], f"rollout actor {i}", type(error).__name__)
                     self._replace(i)
@@ -102,7 +105,7 @@ class Pool:
         allowed = self._cluster.max_actor_restarts
         if self.restarts > allowed:
             raise ChildProcessError(
-                f"rollout actors died {self.restarts} times; cluster.max_actor_restarts allows {allowed}"
+                f"rollout actors died or hung {self.restarts} times; cluster.max_actor_restarts allows {allowed}"
             )
         self._actors[i] = self._new_actor()
         self._get(self._actors[i].start.remote(self._setup), f"rollout actor {i}")
@@ -151,6 +154,9 @@ class _RolloutActor:
         if setup.engine == "fake":
             self._engine = FakeEngine(checkpoint.load_tokenizer(setup.checkpoint))
             return
+        if setup.engine == "vllm":
+            self._engine = _vllm_engine(setup)
+            return
         self._engine = TorchEngine.open(
             setup.checkpoint,
             setup.attention,
@@ -165,7 +171,7 @@ class _RolloutActor:
     def stop(self) -> None:
         self._engine = None
 
-    def load(self, version: int, weights: dict[str, Any]) -> None:
+    def load(self, version: int, weights: Any) -> None:
         self._engine.load(version, weights)
 
     def generate(self, requests: Sequence[Request], settings: Sampling) -> list[Rollout]:
@@ -174,6 +180,23 @@ class _RolloutActor:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+def _vllm_engine(setup: PoolSetup) -> Any:
+    from posttrain.model import checkpoint
+    from posttrain.rollouts.vllm import launch
+
+    launch.prepare()
+    from posttrain.rollouts.vllm.engine import Limits, VllmEngine  # imports vLLM, an extra
+
+    limits = Limits(
+        max_rows=setup.max_rows,
+        max_batched_tokens=setup.batched_tokens,
+        cache_bytes=setup.cache_bytes,
+        eager=setup.device == "cpu" or setup.attention == "dense",
+    )
+    tokenizer = checkpoint.load_tokenizer(setup.checkpoint)
+    return VllmEngine(setup.checkpoint, tokenizer, dtype=setup.dtype, backend=setup.backend, limits=limits)
 
 
 def _split(requests: Sequence[Request], parts: int) -> list[list[Request]]:

@@ -26,6 +26,7 @@ from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.dialogue import Dialogue, end_turns
 from posttrain.rollouts.environment import Failed
 from posttrain.rollouts.request import Request, Sampling
+from posttrain.model.weights import Weights, take
 from posttrain.schema import Rollout, SamplingMask, Stop
 
 COMPACT_BELOW = 0.75
@@ -78,9 +79,9 @@ class TorchEngine:
         model = load(path, dtype=dtype, device=device)
         return cls(model, checkpoint.load_tokenizer(path), attention, backend=backend)
 
-    def load(self, version: int, weights: dict[str, Tensor]) -> None:
-        """Take the learner's weights of that version."""
-        self.model.load_state_dict(weights)
+    def load(self, version: int, weights: Weights) -> None:
+        """Take the learner's weights of that version; ValueError, and nothing changes, if they are not whole."""
+        take(self.model, weights)
         self.version = version
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
+from posttrain.model.weights import pack
 from posttrain.schema import Rollout, Task
 from posttrain.toy import records, sorting, tokenizer
 
@@ -100,7 +101,7 @@ def test_new_weights_are_used_however_they_came() -> None:
     optimizer.step()
     after = engine.generate(_requests(3), Sampling())
     _check_logprobs(engine, after, Sampling())
-    engine.load(1, tiny.model(topk=7, seed=2).state_dict())
+    engine.load(1, pack(tiny.model(topk=7, seed=2).state_dict()))
     again = engine.generate(_requests(3), Sampling())
     assert [r.tokens.tolist() for r in again] == [r.tokens.tolist() for r in before]
     assert [r.tokens.tolist() for r in after] != [r.tokens.tolist() for r in before]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from vllm import ModelRegistry, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -27,6 +26,7 @@ from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.vllm import compat, plugin, records
 from posttrain.rollouts.vllm.model import DsaForVllm
 from posttrain.rollouts.vllm.sampler import Draws, SeededSampler
+from posttrain.model.weights import Weights, take
 from posttrain.schema import Rollout, Stop
 
 
@@ -126,10 +126,12 @@ class VllmEngine:
         """How often a sequence had to give up its blocks and was computed again, so far."""
         return int(self._sampler.num_preempted)
 
-    def load(self, version: int, weights: dict[str, Tensor]) -> None:
-        """Take the learner's weights of that version."""
-        self._model.inner.load_state_dict(weights)
-        self._engine.reset_prefix_cache()
+    def load(self, version: int, weights: Weights) -> None:
+        """Take the learner's weights of that version; ValueError, and nothing changes, if they are not whole."""
+        take(self._model.inner, weights)
+        # Its entries are the old weights'; without requests it cannot be busy.
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM kept cache entries of the old weights")
         self.version = version
 
     def generate(

@@ -15,8 +15,9 @@ from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.rollouts.vllm.engine import Limits, VllmEngine
+from posttrain.model.weights import pack
 from posttrain.schema import Rollout, Task
-from posttrain.toy import lookup, sorting, tokenizer
+from posttrain.toy import sorting, tokenizer
 
 TOKENIZER = tokenizer.build()
 MEAN, LARGEST = 2e-6, 2e-5
@@ -119,13 +120,13 @@ def test_turns_with_tools_are_the_torch_engines(folder: Path) -> None:
 
     requests = [
         Request(task=t, index=0, seed=i, max_new_tokens=90, max_turns=3, environment=Stateless(tool))
-        for i, t in enumerate(lookup.tasks(seed=3, n=12))
+        for i, t in enumerate(sorting.tasks(seed=3, n=12))
     ]
     model = checkpoint.load(folder)
     with torch.no_grad():
         model.lm_head.weight[TOKENIZER.eos_token_id] += 0.5  # end turns early
     engine = VllmEngine(folder, TOKENIZER, limits=VARIANTS["shared prefixes"])
-    engine.load(1, model.state_dict())
+    engine.load(1, pack(model.state_dict()))
     settings = Sampling(record_kept=True, record_experts=True)
     found = engine.generate(requests, settings)
     wanted = TorchEngine(model, TOKENIZER).generate(requests, settings)

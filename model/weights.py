@@ -1,0 +1,73 @@
+"""Handing the learner's weights to engines: a checksum says that what arrived, and what an engine holds, is what was sent.
+
+An engine checks before it copies anything and again afterwards, so that it never serves a mixture. Left out: transports;
+on one machine the tensors lie in Ray's shared memory. Next: ../rollouts/torch_engine.py, ../rollouts/vllm/engine.py.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 1 << 22
+"""Elements looked at together: what bounds the memory of a checksum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All parameters and buffers that a checkpoint holds, and their checksum."""
+
+    tensors: dict[str, Tensor]
+    checksum: str
+
+
+def pack(tensors: dict[str, Tensor]) -> Weights:
+    """Weights as they are now, on the CPU."""
+    return Weights({name: t.detach().cpu() for name, t in tensors.items()}, checksum(tensors))
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """Of names, shapes, types and every bit; the same on every device."""
+    names = sorted(tensors)
+    sums = [_sums(tensors[name]) for name in names]
+    told = [f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}" for name in names]
+    numbers = torch.stack(sums).tolist() if sums else []
+    return hashlib.sha256(repr((told, numbers)).encode()).hexdigest()
+
+
+@torch.no_grad()
+def take(model: nn.Module, weights: Weights) -> None:
+    """Copy the weights into a model, and compare.
+
+    Raises ValueError, with the model as it was, if they are incomplete, changed on the way or not finite; and
+    RuntimeError if the model does not hold them afterwards.
+    """
+    held = model.state_dict()
+    if differing := sorted(held.keys() ^ weights.tensors.keys()):
+        raise ValueError(f"weights refused: {len(differing)} names differ from the engine's, {differing[0]} first")
+    if checksum(weights.tensors) != weights.checksum:
+        raise ValueError("weights refused: their checksum is not the learner's; they changed on the way")
+    for name, tensor in weights.tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"weights refused: {name} is not finite")
+        if tensor.shape != held[name].shape:
+            raise ValueError(
+                f"weights refused: {name} is {tuple(tensor.shape)}, the engine's {tuple(held[name].shape)}"
+            )
+    for name, tensor in weights.tensors.items():
+        held[name].copy_(tensor)
+    if checksum(held) != weights.checksum:
+        raise RuntimeError("the engine does not hold the weights that it was sent; its types differ, or memory is bad")
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """Two sums of the bits, int64 [2]: plain, and weighted by place so that order counts. Wrapping adds are exact."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.detach().contiguous().view(-1).view(words) if tensor.dim() else tensor.detach().view(1).view(words)
+    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(flat), CHUNK):
+        bits = flat[start : start + CHUNK].to(torch.int64)
+        place = torch.arange(start, start + len(bits), device=bits.device)
+        total += torch.stack((bits.sum(), (bits * (place % 65_521 + 1)).sum()))
+    return total.cpu()
