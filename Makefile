@@ -5,11 +5,16 @@ INSTALLED := $(VENV)/.installed
 # A second Triton, which tests/test_compile.py compiles the kernels with: the one of GPU machines with torch 2.11.
 TRITON36 := .triton36/.installed
 
-.PHONY: help demo demo-seeds forgetting test test-full check bench
+# vLLM pins much; it has an environment of its own.
+VLLM := .vllm
+VLLM_INSTALLED := $(VLLM)/.installed
+
+.PHONY: help demo demo-seeds forgetting test test-full test-vllm check bench
 help:
 	@echo "demo         install and run configs/demo.toml, about 10 minutes on two cores"
 	@echo "test         install and run the fast tests, under 10 minutes"
 	@echo "test-full    every test that needs no GPU"
+	@echo "test-vllm    the tests of the vLLM engine, in an environment of their own; part of test-full"
 	@echo "check        ruff, mypy, posttrain check of every recipe"
 	@echo "demo-seeds   the demo on three seeds, with the dense control"
 	@echo "forgetting   sequential against mixed reinforcement learning on three seeds"
@@ -21,6 +26,10 @@ $(INSTALLED): pyproject.toml constraints.txt .ci/install
 
 $(TRITON36): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton36 triton==3.6.0
+	@touch $@
+
+$(VLLM_INSTALLED): pyproject.toml constraints.txt constraints-vllm.txt .ci/install .ci/install-vllm .ci/vllm_requirements.py
+	.ci/install-vllm $(VLLM)
 	@touch $@
 
 demo: $(INSTALLED)
@@ -36,9 +45,12 @@ test: $(INSTALLED)
 	.ci/sandbox
 	$(BIN)/python -m pytest -m "not slow"
 
-test-full: $(INSTALLED) $(TRITON36)
+test-full: $(INSTALLED) $(TRITON36) test-vllm
 	.ci/sandbox
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM)/bin/python -m pytest tests/vllm
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -267,12 +267,21 @@ class _Tokens:
 
     def index(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and head weights of the indexer."""
-        assert self.q_index_TJI is not None and self.k_index_TI is not None and self.w_TJ is not None, "unused"
+        assert self.q_index_TJI is not None and self.k_index_TI is not None and self.w_TJ is not None, (
+            "unused"
+        )
         return self.q_index_TJI, self.k_index_TI, self.w_TJ
 
     def rows(self, rows: slice) -> "_Tokens":
         """Some of them."""
-        parts = (self.q_nope_THN, self.q_rot_THP, self.entries_TE, self.q_index_TJI, self.k_index_TI, self.w_TJ)
+        parts = (
+            self.q_nope_THN,
+            self.q_rot_THP,
+            self.entries_TE,
+            self.q_index_TJI,
+            self.k_index_TI,
+            self.w_TJ,
+        )
         return _Tokens(*(part if part is None else part[rows] for part in parts))  # type: ignore[arg-type]  # the first three are there
 
 

@@ -288,7 +288,9 @@ class StaticContext(Base):
         if num_early not in self._plans:
             rows, width = self.query_positions_BQ.shape
             starts = [row * self.cache.length for row in range(rows)]
-            self._plans[num_early] = plan_documents(starts, [width] * rows, num_early, self.positions_T.device)
+            self._plans[num_early] = plan_documents(
+                starts, [width] * rows, num_early, self.positions_T.device
+            )
         return self._plans[num_early]
 
     def pages(self, layer: int) -> Pages | None:

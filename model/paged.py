@@ -150,7 +150,11 @@ class _Rows(Base):
         if self._single:
             pool_PSX = self.cache.pools_PSX[layer]
             slots_X = pool_PSX.view(-1, pool_PSX.shape[-1])
-            return slots_X[:, : self.cache.entry_size] if name == "entries" else slots_X[:, self.cache.entry_size :]
+            return (
+                slots_X[:, : self.cache.entry_size]
+                if name == "entries"
+                else slots_X[:, self.cache.entry_size :]
+            )
         return self.keys(layer, name, x_T)[0]
 
     def slots(self, kept_BQK: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ def take(model: nn.Module, weights: Weights) -> None:
     """
     held = model.state_dict()
     if differing := sorted(held.keys() ^ weights.tensors.keys()):
-        raise ValueError(f"weights refused: {len(differing)} names differ from the engine's, {differing[0]} first")
+        raise ValueError(
+            f"weights refused: {len(differing)} names differ from the engine's, {differing[0]} first"
+        )
     if checksum(weights.tensors) != weights.checksum:
         raise ValueError("weights refused: their checksum is not the learner's; they changed on the way")
     for name, tensor in weights.tensors.items():
@@ -58,13 +60,19 @@ def take(model: nn.Module, weights: Weights) -> None:
     for name, tensor in weights.tensors.items():
         held[name].copy_(tensor)
     if checksum(held) != weights.checksum:
-        raise RuntimeError("the engine does not hold the weights that it was sent; its types differ, or memory is bad")
+        raise RuntimeError(
+            "the engine does not hold the weights that it was sent; its types differ, or memory is bad"
+        )
 
 
 def _sums(tensor: Tensor) -> Tensor:
     """Two sums of the bits, int64 [2]: plain, and weighted by place so that order counts. Wrapping adds are exact."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    flat = tensor.detach().contiguous().view(-1).view(words) if tensor.dim() else tensor.detach().view(1).view(words)
+    flat = (
+        tensor.detach().contiguous().view(-1).view(words)
+        if tensor.dim()
+        else tensor.detach().view(1).view(words)
+    )
     total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     for start in range(0, len(flat), CHUNK):
         bits = flat[start : start + CHUNK].to(torch.int64)

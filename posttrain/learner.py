@@ -25,8 +25,8 @@ from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
 from posttrain.model.moe import count_load, update_bias
-from posttrain.optimizer import Optimizers
 from posttrain.model.weights import Weights, pack
+from posttrain.optimizer import Optimizers
 from posttrain.schema import Batch
 
 Figures = dict[str, float]

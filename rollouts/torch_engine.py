@@ -22,11 +22,11 @@ from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
+from posttrain.model.weights import Weights, take
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.dialogue import Dialogue, end_turns
 from posttrain.rollouts.environment import Failed
 from posttrain.rollouts.request import Request, Sampling
-from posttrain.model.weights import Weights, take
 from posttrain.schema import Rollout, SamplingMask, Stop
 
 COMPACT_BELOW = 0.75

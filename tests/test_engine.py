@@ -7,11 +7,11 @@ import pytest
 import tiny
 import torch
 
+from posttrain.model.weights import pack
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
-from posttrain.model.weights import pack
 from posttrain.schema import Rollout, Task
 from posttrain.toy import records, sorting, tokenizer
 

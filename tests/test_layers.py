@@ -149,8 +149,9 @@ def test_every_folder_with_code_is_packaged_once() -> None:
     assert table["package-dir"] == {"posttrain": "posttrain", **{f"posttrain.{f}": f for f in FOLDERS}}
 
 
-def test_constraints_pin_exact_versions_without_addresses() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-vllm.txt"])
+def test_constraints_pin_exact_versions_without_addresses(file: str) -> None:
+    lines = (ROOT / file).read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins), pins
     assert not any(pin.lower().startswith(("nvidia-", "cuda-")) for pin in pins)

@@ -86,7 +86,9 @@ def test_chunks_and_mixed_passes_are_the_packed_pass(attention: Attention, backe
     mixed = 0
     while any(done < n for done, n in zip(engine.done, LENGTHS, strict=True)):
         left = {b: n - engine.done[b] for b, n in enumerate(LENGTHS) if n > engine.done[b]}
-        chosen = {b: rng.choice([1, 1, rng.randint(1, min(n, 9))]) for b, n in left.items() if rng.random() < 0.8}
+        chosen = {
+            b: rng.choice([1, 1, rng.randint(1, min(n, 9))]) for b, n in left.items() if rng.random() < 0.8
+        }
         if not chosen:
             continue
         mixed += len({count == 1 for count in chosen.values()}) == 2

@@ -18,7 +18,9 @@ def test_the_checksum_sees_every_bit_name_and_place() -> None:
     ]
     assert len({checksum(base), *map(checksum, changed)}) == 6
     assert checksum({"b": base["b"].clone(), "a": base["a"].clone()}) == checksum(base)
-    assert checksum({"a": torch.ones(3, dtype=torch.bfloat16)}) != checksum({"a": torch.ones(3, dtype=torch.float16)})
+    assert checksum({"a": torch.ones(3, dtype=torch.bfloat16)}) != checksum(
+        {"a": torch.ones(3, dtype=torch.float16)}
+    )
 
 
 def test_a_model_takes_whole_weights_only() -> None:

@@ -40,7 +40,9 @@ def runner(engine: Any) -> Any:
     return engine.model_executor.driver_worker.worker.model_runner
 
 
-def fused_experts(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def fused_experts(
+    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
     """vLLM's Triton kernel for the routed experts: no wait for the device, so it can be captured in a CUDA graph."""
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts_op  # needs a GPU build
 

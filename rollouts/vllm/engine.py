@@ -19,6 +19,7 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from posttrain.model.weights import Weights, take
 from posttrain.rollouts import chat
 from posttrain.rollouts.dialogue import Dialogue, end_turns
 from posttrain.rollouts.environment import Failed
@@ -26,7 +27,6 @@ from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.vllm import compat, plugin, records
 from posttrain.rollouts.vllm.model import DsaForVllm
 from posttrain.rollouts.vllm.sampler import Draws, SeededSampler
-from posttrain.model.weights import Weights, take
 from posttrain.schema import Rollout, Stop
 
 
@@ -79,10 +79,12 @@ class VllmEngine:
         *,
         dtype: str = "float32",
         backend: str = "auto",
-        limits: Limits = Limits(),  # noqa: B008  # frozen
+        limits: Limits = Limits(),
         seed: int = 0,
     ) -> None:
-        ModelRegistry.register_model(plugin.ARCHITECTURE, DsaForVllm)  # the class: a name costs a process of 8 s
+        ModelRegistry.register_model(
+            plugin.ARCHITECTURE, DsaForVllm
+        )  # the class: a name costs a process of 8 s
         self.tokenizer, self.limits, self.version = tokenizer, limits, 0
         self.eos_token_id = tokenizer.eos_token_id
         self._engine = LLMEngine.from_engine_args(
@@ -90,11 +92,11 @@ class VllmEngine:
                 model=str(path),
                 hf_overrides=plugin.OVERRIDES,
                 skip_tokenizer_init=True,
-                dtype=dtype,  # type: ignore[arg-type]  # one of vLLM's words
+                dtype=dtype,
                 seed=seed,
                 max_num_seqs=limits.max_rows,
                 max_num_batched_tokens=max(limits.max_batched_tokens, limits.max_rows),
-                block_size=limits.block_size,  # type: ignore[arg-type]  # 0.26 lists what its own kernels like
+                block_size=limits.block_size,
                 kv_cache_memory_bytes=limits.cache_bytes,
                 enable_prefix_caching=limits.prefix_cache,
                 enable_chunked_prefill=True,
@@ -191,7 +193,9 @@ class VllmEngine:
             number = int(output.request_id)
             row = running[number]
             if row.draws.broken:
-                over.append((row, Failed("error", "the logits are not finite: the weights are broken"), False))
+                over.append(
+                    (row, Failed("error", "the logits are not finite: the weights are broken"), False)
+                )
                 if not output.finished:
                     self._engine.abort_request([output.request_id])
             elif output.finished and row.full:

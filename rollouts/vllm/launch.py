@@ -25,7 +25,9 @@ def prepare() -> None:
     """Set it for this process; ValueError if vLLM is missing or was imported without it."""
     wrong = {name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
     if wrong and "vllm" in sys.modules:
-        raise ValueError(f"vLLM is imported already; set before: {' '.join(f'{n}={v}' for n, v in wrong.items())}")
+        raise ValueError(
+            f"vLLM is imported already; set before: {' '.join(f'{n}={v}' for n, v in wrong.items())}"
+        )
     os.environ.update(wrong)
     try:
         import vllm  # noqa: F401  # only looked for: 5 s

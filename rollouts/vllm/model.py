@@ -7,6 +7,7 @@ parallelism. Next: compat.py, engine.py, ../../model/paged.py.
 Shape letters: T tokens, D hidden, V vocabulary, B sequences, M blocks of a sequence.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -22,8 +24,6 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
-
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
@@ -160,7 +160,11 @@ class Builder(AttentionMetadataBuilder[Metadata]):
     """vLLM puts sequences with one new token first."""
 
     def __init__(
-        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -174,7 +178,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             counts, ends = [1] * num_tokens, [common.max_seq_len] * num_tokens
         else:
             starts = common.query_start_loc_cpu.tolist()
-            counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+            counts = [end - start for start, end in itertools.pairwise(starts)]
             ends = compat.host_lengths(common)
         return Metadata(
             counts=counts,

@@ -60,7 +60,9 @@ class Records:
             found = [r.experts_TE for _, r in sorted(context.records.items()) if r.experts_TE is not None]
             self._experts_SNE[slots_T] = torch.stack(found, 1).to("cpu", torch.int16)
 
-    def read(self, blocks: list[int], num_tokens: int) -> tuple[NDArray[Any] | None, NDArray[np.int16] | None]:
+    def read(
+        self, blocks: list[int], num_tokens: int
+    ) -> tuple[NDArray[Any] | None, NDArray[np.int16] | None]:
         """Kept keys [N, L, K] and experts [N, L, E] of a sequence's first tokens; None where not recorded."""
         at_L = torch.arange(num_tokens)
         slots_L = torch.tensor(blocks)[at_L // self._block_size] * self._block_size + at_L % self._block_size

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.model.weights import pack
 from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.rollouts.vllm.engine import Limits, VllmEngine
-from posttrain.model.weights import pack
 from posttrain.schema import Rollout, Task
 from posttrain.toy import sorting, tokenizer
 
@@ -88,7 +88,9 @@ def test_logprobs_and_selections_are_the_learners(
     assert (engine.num_preempted > 0) == (limits.cache_bytes < 1 << 20)
     assert (engine.num_prefix_hits > 0) == limits.prefix_cache
     gaps = _gaps(learner, rollouts)
-    print(f"mean {gaps.mean():.1e}, max {gaps.max():.1e}, {len(gaps)} tokens, {engine.num_preempted} preempted")
+    print(
+        f"mean {gaps.mean():.1e}, max {gaps.max():.1e}, {len(gaps)} tokens, {engine.num_preempted} preempted"
+    )
     assert gaps.mean() <= MEAN and gaps.max() <= LARGEST
     _check_records(learner, rollouts)
 

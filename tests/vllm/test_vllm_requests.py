@@ -7,10 +7,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
-from posttrain.model import checkpoint
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.vllm import launch, plugin
 from posttrain.rollouts.vllm.engine import Limits, VllmEngine
@@ -23,7 +21,11 @@ TASK = next(iter(sorting.tasks(seed=5, n=1)))
 
 
 def _request(content: str | None = None, *, new: int = 20) -> Request:
-    task = TASK if content is None else Task(id=content[:9], domain="x", messages=({"role": "user", "content": content},))
+    task = (
+        TASK
+        if content is None
+        else Task(id=content[:9], domain="x", messages=({"role": "user", "content": content},))
+    )
     return Request(task=task, index=0, seed=3, max_new_tokens=new)
 
 
@@ -48,7 +50,9 @@ def test_an_empty_prompt_gets_an_error(folder: Path, monkeypatch: pytest.MonkeyP
 def test_a_stop_token_that_the_model_does_not_have_is_an_error(folder: Path) -> None:
     stranger = tokenizer.build()
     stranger.add_special_tokens({"eos_token": "<unheard-of>"})
-    with pytest.raises(ValueError, match=r"the tokenizer's stop token 214 is not among the model's 214 tokens"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer's stop token 214 is not among the model's 214 tokens"
+    ):
         VllmEngine(folder, stranger, limits=LIMITS)
 
 
@@ -118,7 +122,11 @@ def test_a_stock_model_in_vllm_behaves_as_without_posttrain(tmp_path: Path) -> N
     (entry,) = entry_points(group="vllm.general_plugins", name="posttrain")
     assert entry.load() is plugin.register
     clean = {k: v for k, v in os.environ.items() if k not in launch.ENVIRONMENT}
-    clean |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    clean |= {
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     lines = []
     for plugins in ("posttrain", "lora_filesystem_resolver"):
         found = subprocess.run(

@@ -16,7 +16,8 @@ from posttrain.toy import sorting, tokenizer
 
 TOKENIZER = tokenizer.build()
 REQUESTS = [
-    Request(task=task, index=0, seed=i, max_new_tokens=30) for i, task in enumerate(sorting.tasks(seed=5, n=4))
+    Request(task=task, index=0, seed=i, max_new_tokens=30)
+    for i, task in enumerate(sorting.tasks(seed=5, n=4))
 ]
 
 
@@ -28,9 +29,14 @@ def test_new_weights_are_served_at_once_and_half_of_them_never(folder: Path) -> 
     with pytest.raises(ValueError, match="names differ"):
         engine.load(1, Weights(dict(list(new.tensors.items())[:9]), new.checksum))
     assert engine.version == 0
-    assert [r.tokens.tolist() for r in engine.generate(REQUESTS, Sampling())] == [r.tokens.tolist() for r in old]
+    assert [r.tokens.tolist() for r in engine.generate(REQUESTS, Sampling())] == [
+        r.tokens.tolist() for r in old
+    ]
     engine.load(1, new)
-    found, wanted = engine.generate(REQUESTS, Sampling()), TorchEngine(model, TOKENIZER).generate(REQUESTS, Sampling())
+    found, wanted = (
+        engine.generate(REQUESTS, Sampling()),
+        TorchEngine(model, TOKENIZER).generate(REQUESTS, Sampling()),
+    )
     assert [r.tokens.tolist() for r in found] == [r.tokens.tolist() for r in wanted]
     assert {r.policy_version for r in found} == {1}
 
