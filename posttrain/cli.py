@@ -1,4 +1,4 @@
-"""The command line: run, check, status, export, reward, tasks. Imports no torch, so that it answers at once.
+"""The command line: run, check, status, export, reward, agree, tasks. Imports no torch, so that it answers at once.
 
 Exit codes: 0 done, 1 a stage or the machine failed, 2 bad input, 130 interrupted. What the user can
 mend gets one line on stderr; a traceback is a bug. Next: check.py, pipeline.py.
@@ -76,6 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     reward.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="deadline per rollout")
     reward.add_argument("--show", type=int, default=5, metavar="N", help="changed rollouts to print")
     reward.add_argument("--json", action="store_true", help="print every value as JSON")
+
+    agree = commands.add_parser("agree", help="measure an engine against the learner on a checkpoint")
+    agree.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR")
+    agree.add_argument("--tasks", required=True, metavar="URI", help="where the prompts come from")
+    agree.add_argument("--engine", choices=("torch", "vllm"), default="vllm")
+    agree.add_argument("--limit", type=int, default=16, metavar="N", help="prompts to sample from")
+    agree.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to sample for each")
+    agree.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    agree.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    agree.add_argument("--seed", type=int, default=0)
 
     tasks = commands.add_parser("tasks", help="look at a task source")
     tasks.add_argument("uri", metavar="URI")
@@ -158,6 +168,22 @@ def _reward(args: argparse.Namespace) -> None:
         print(workbench.report(pairs, judged, num_rollouts=len(saved), other=other, show=args.show))
 
 
+def _agree(args: argparse.Namespace) -> None:
+    from posttrain import agree  # only here: it loads models
+
+    figures = agree.agree(
+        args.checkpoint,
+        args.tasks,
+        engine=args.engine,
+        num_tasks=args.limit,
+        new_tokens=args.new_tokens,
+        seed=args.seed,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    print(figures)
+
+
 def _tasks(args: argparse.Namespace) -> None:
     from posttrain import preview  # only here, like the others
 
@@ -170,6 +196,7 @@ _COMMANDS = {
     "status": _status,
     "export": _export,
     "reward": _reward,
+    "agree": _agree,
     "tasks": _tasks,
 }
 
