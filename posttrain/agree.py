@@ -83,7 +83,9 @@ def agree(
     if not rollouts:
         raise ValueError(f"{path}: the engine has served none of the {len(tasks)} tasks")
     found = measure(learner.model, rollouts, attention=attention)
-    head = f"{path}: {engine} engine ({server.backend}) against the learner, {len(rollouts)} rollouts, {dtype}"
+    head = (
+        f"{path}: {engine} engine ({server.backend}) against the learner, {len(rollouts)} rollouts, {dtype}"
+    )
     return f"{head}\n{_table(found)}"
 
 

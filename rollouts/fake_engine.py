@@ -23,6 +23,9 @@ class FakeEngine:
         """Note the version; there is nothing to load into."""
         self.version = version
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def generate(
         self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256
     ) -> list[Rollout]:

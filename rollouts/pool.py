@@ -150,7 +150,8 @@ class _RolloutActor:
         from posttrain.rollouts.torch_engine import TorchEngine
 
         torch.set_num_threads(setup.threads)
-        self._engine, self._max_rows = None, setup.max_rows
+        self.stop()
+        self._max_rows = setup.max_rows
         if setup.engine == "fake":
             self._engine = FakeEngine(checkpoint.load_tokenizer(setup.checkpoint))
             return
@@ -169,6 +170,8 @@ class _RolloutActor:
         return str(self._engine.backend)
 
     def stop(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
 
     def load(self, version: int, weights: Any) -> None:

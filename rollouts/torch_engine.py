@@ -84,6 +84,9 @@ class TorchEngine:
         take(self.model, weights)
         self.version = version
 
+    def close(self) -> None:
+        """The memory goes with the object."""
+
     @torch.inference_mode()
     def generate(
         self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256

@@ -40,6 +40,13 @@ def runner(engine: Any) -> Any:
     return engine.model_executor.driver_worker.worker.model_runner
 
 
+def close(engine: Any) -> None:
+    """Free an LLMEngine now: its end tears down torch.distributed, and must not come while the next one runs."""
+    client = engine.engine_core
+    finalizer = getattr(client, "_finalizer", None)  # 0.32's, which acts once
+    (client.shutdown if finalizer is None else finalizer)()
+
+
 def fused_experts(
     x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:

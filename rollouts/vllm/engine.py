@@ -114,6 +114,7 @@ class VllmEngine:
         """Tokens that the prefix cache supplied so far."""
         vocabulary = self._model.inner.config.vocab_size
         if not 0 <= self.eos_token_id < vocabulary:
+            self.close()
             raise ValueError(
                 f"{path}: the tokenizer's stop token {self.eos_token_id} is not among the model's {vocabulary} tokens"
             )
@@ -135,6 +136,10 @@ class VllmEngine:
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM kept cache entries of the old weights")
         self.version = version
+
+    def close(self) -> None:
+        """Free what vLLM holds; the engine is of no use afterwards. There is one engine at a time in a process."""
+        compat.close(self._engine)
 
     def generate(
         self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256

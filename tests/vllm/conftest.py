@@ -1,7 +1,9 @@
 """These tests need vLLM, which has an environment of its own: make test-vllm."""
 
 import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -27,3 +29,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sparse")
     checkpoint.save(model, path, tokenizer.build())
     return path
+
+
+@pytest.fixture
+def open_engine() -> Iterator[Callable[[Path, Any], Any]]:
+    """Makes engines, and closes them whatever happens: a second one beside them would break."""
+    from posttrain.rollouts.vllm.engine import VllmEngine  # vLLM is there: tests are collected
+
+    made: list[Any] = []
+
+    def make(path: Path, limits: Any) -> Any:
+        for engine in made:
+            engine.close()
+        made[:] = [VllmEngine(path, tokenizer.build(), limits=limits)]
+        return made[0]
+
+    yield make
+    for engine in made:
+        engine.close()

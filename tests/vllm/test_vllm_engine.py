@@ -1,5 +1,6 @@
 """Our model in vLLM: the learner's log-probs and selections, however vLLM cuts, shares and preempts."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from posttrain.schema import Rollout, Task
 from posttrain.toy import sorting, tokenizer
 
 TOKENIZER = tokenizer.build()
+OpenEngine = Callable[[Path, Limits], VllmEngine]
 MEAN, LARGEST = 2e-6, 2e-5
 """What |log-prob of engine - of learner| may be in fp32."""
 WHOLE = Limits(max_rows=16, cache_bytes=8 << 20, prefix_cache=False)
@@ -79,9 +81,9 @@ def _check_records(model: DeepseekV32ForCausalLM, rollouts: list[Rollout]) -> No
 
 @pytest.mark.parametrize("limits", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logprobs_and_selections_are_the_learners(
-    folder: Path, learner: DeepseekV32ForCausalLM, limits: Limits
+    folder: Path, learner: DeepseekV32ForCausalLM, open_engine: OpenEngine, limits: Limits
 ) -> None:
-    engine = VllmEngine(folder, TOKENIZER, limits=limits)
+    engine = open_engine(folder, limits)
     settings = Sampling(ignore_eos=True, record_kept=True, record_experts=True)
     rollouts = engine.generate(_requests(16), settings)
     assert min(len(r.tokens) for r in rollouts) > 60 > 7
@@ -95,8 +97,10 @@ def test_logprobs_and_selections_are_the_learners(
     _check_records(learner, rollouts)
 
 
-def test_the_same_seeds_give_the_torch_engines_samples(folder: Path, learner: DeepseekV32ForCausalLM) -> None:
-    engine = VllmEngine(folder, TOKENIZER, limits=WHOLE)
+def test_the_same_seeds_give_the_torch_engines_samples(
+    folder: Path, learner: DeepseekV32ForCausalLM, open_engine: OpenEngine
+) -> None:
+    engine = open_engine(folder, WHOLE)
     for settings in (
         Sampling(),
         Sampling(temperature=0.7, top_p=0.9, record_mask=True),
@@ -116,7 +120,7 @@ def test_the_same_seeds_give_the_torch_engines_samples(folder: Path, learner: De
                 assert a.sampling_mask.ids.tolist() == b.sampling_mask.ids.tolist()
 
 
-def test_turns_with_tools_are_the_torch_engines(folder: Path) -> None:
+def test_turns_with_tools_are_the_torch_engines(folder: Path, open_engine: OpenEngine) -> None:
     def tool(task: Task, text: str) -> str | None:
         return "boss of ann is bob"
 
@@ -127,7 +131,7 @@ def test_turns_with_tools_are_the_torch_engines(folder: Path) -> None:
     model = checkpoint.load(folder)
     with torch.no_grad():
         model.lm_head.weight[TOKENIZER.eos_token_id] += 0.5  # end turns early
-    engine = VllmEngine(folder, TOKENIZER, limits=VARIANTS["shared prefixes"])
+    engine = open_engine(folder, VARIANTS["shared prefixes"])
     engine.load(1, pack(model.state_dict()))
     settings = Sampling(record_kept=True, record_experts=True)
     found = engine.generate(requests, settings)
@@ -141,10 +145,10 @@ def test_turns_with_tools_are_the_torch_engines(folder: Path) -> None:
     assert _gaps(model, found).max() <= LARGEST
 
 
-def test_a_dense_checkpoint_is_served_densely(tmp_path: Path) -> None:
+def test_a_dense_checkpoint_is_served_densely(tmp_path: Path, open_engine: OpenEngine) -> None:
     model = tiny.model(topk=1, seed=4, index_heads=1, index_dim=8)
     checkpoint.save_dense(model, tmp_path, TOKENIZER)
-    engine = VllmEngine(tmp_path, TOKENIZER, limits=VARIANTS["chunks"])
+    engine = open_engine(tmp_path, VARIANTS["chunks"])
     wanted = TorchEngine(model, TOKENIZER, "dense").generate(_requests(6), Sampling())
     for a, b in zip(engine.generate(_requests(6), Sampling()), wanted, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from posttrain.schema import Task
 from posttrain.toy import sorting, tokenizer
 
 TOKENIZER = tokenizer.build()
+OpenEngine = Callable[[Path, Limits], VllmEngine]
 LIMITS = Limits(max_rows=8, cache_bytes=4 << 20)
 TASK = next(iter(sorting.tasks(seed=5, n=1)))
 
@@ -29,8 +31,10 @@ def _request(content: str | None = None, *, new: int = 20) -> Request:
     return Request(task=task, index=0, seed=3, max_new_tokens=new)
 
 
-def test_a_request_that_cannot_be_served_gets_an_error_and_the_others_their_rollouts(folder: Path) -> None:
-    engine = VllmEngine(folder, TOKENIZER, limits=LIMITS)
+def test_a_request_that_cannot_be_served_gets_an_error_and_the_others_their_rollouts(
+    folder: Path, open_engine: OpenEngine
+) -> None:
+    engine = open_engine(folder, LIMITS)
     long = "sort " + "ann " * 300
     bad, good, too_many = engine.generate([_request(long), _request(), _request("a", new=500)], Sampling())
     assert bad.stop == "error" and "longer than the model's 256 positions" in bad.outcome["error"]
@@ -40,24 +44,26 @@ def test_a_request_that_cannot_be_served_gets_an_error_and_the_others_their_roll
     assert engine.generate([_request()], Sampling())[0].tokens.tolist() == good.tokens.tolist()
 
 
-def test_an_empty_prompt_gets_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = VllmEngine(folder, TOKENIZER, limits=LIMITS)
+def test_an_empty_prompt_gets_an_error(
+    folder: Path, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(folder, LIMITS)
     monkeypatch.setattr("posttrain.rollouts.chat.encode_prompt", lambda *_: [])
     (empty,) = engine.generate([_request()], Sampling())
     assert empty.stop == "error" and empty.outcome == {"error": "the prompt is empty"}
 
 
-def test_a_stop_token_that_the_model_does_not_have_is_an_error(folder: Path) -> None:
+def test_a_stop_token_that_the_model_does_not_have_is_an_error(folder: Path, open_engine: OpenEngine) -> None:
     stranger = tokenizer.build()
     stranger.add_special_tokens({"eos_token": "<unheard-of>"})
-    with pytest.raises(
-        ValueError, match=r"the tokenizer's stop token 214 is not among the model's 214 tokens"
-    ):
+    with pytest.raises(ValueError, match=r"stop token \d+ is not among the model's \d+ tokens"):
         VllmEngine(folder, stranger, limits=LIMITS)
 
 
-def test_logits_that_are_not_finite_end_the_request_and_the_engine_lives(folder: Path) -> None:
-    engine = VllmEngine(folder, TOKENIZER, limits=LIMITS)
+def test_logits_that_are_not_finite_end_the_request_and_the_engine_lives(
+    folder: Path, open_engine: OpenEngine
+) -> None:
+    engine = open_engine(folder, LIMITS)
     before = engine.generate([_request()], Sampling())[0]
     weight = engine._model.inner.lm_head.weight
     saved = weight[9].clone()
@@ -88,7 +94,9 @@ print(started - began, time.perf_counter() - started)
 """
 
 
-def test_a_fresh_process_serves_within_15_seconds_and_answers_within_one(folder: Path) -> None:
+def test_a_fresh_process_serves_within_15_seconds_and_answers_within_one(
+    folder: Path, open_engine: OpenEngine
+) -> None:
     found = subprocess.run(
         [sys.executable, "-c", START, str(folder)], capture_output=True, text=True, check=True, timeout=120
     )

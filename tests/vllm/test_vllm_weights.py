@@ -1,6 +1,7 @@
 """The learner's weights in a running vLLM engine."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,14 +16,15 @@ from posttrain.rollouts.vllm.engine import Limits, VllmEngine
 from posttrain.toy import sorting, tokenizer
 
 TOKENIZER = tokenizer.build()
+OpenEngine = Callable[[Path, Limits], VllmEngine]
 REQUESTS = [
     Request(task=task, index=0, seed=i, max_new_tokens=30)
     for i, task in enumerate(sorting.tasks(seed=5, n=4))
 ]
 
 
-def test_new_weights_are_served_at_once_and_half_of_them_never(folder: Path) -> None:
-    engine = VllmEngine(folder, TOKENIZER, limits=Limits(max_rows=8, cache_bytes=4 << 20, block_size=8))
+def test_new_weights_are_served_at_once_and_half_of_them_never(folder: Path, open_engine: OpenEngine) -> None:
+    engine = open_engine(folder, Limits(max_rows=8, cache_bytes=4 << 20, block_size=8))
     old = engine.generate(REQUESTS, Sampling())
     model = tiny.model(topk=7, seed=9)
     new = pack(model.state_dict())
@@ -41,8 +43,8 @@ def test_new_weights_are_served_at_once_and_half_of_them_never(folder: Path) -> 
     assert {r.policy_version for r in found} == {1}
 
 
-def test_a_hundred_loads_leave_no_memory_behind(folder: Path) -> None:
-    engine = VllmEngine(folder, TOKENIZER, limits=Limits(max_rows=8, cache_bytes=4 << 20))
+def test_a_hundred_loads_leave_no_memory_behind(folder: Path, open_engine: OpenEngine) -> None:
+    engine = open_engine(folder, Limits(max_rows=8, cache_bytes=4 << 20))
     weights, process = pack(checkpoint.load(folder).state_dict()), psutil.Process()
     size = []
     for version in range(1, 121):
