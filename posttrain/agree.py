@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from posttrain.gaps import gap_figures
 from posttrain.generation import sample_seed
 from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32ForCausalLM
@@ -30,18 +31,15 @@ from posttrain.tasks import load_tasks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """An engine against the learner; gaps are |log-prob of engine - of learner| of sampled tokens."""
+    """An engine against the learner; the first figures are those of gaps.gap_figures."""
 
     num_tokens: int
     gap_mean: float
     gap_p99: float
     gap_max: float
     kl_engine: float
-    """KL(engine || learner) per token, the mean of log(engine / learner) over the engine's samples."""
     kl_learner: float
-    """KL(learner || engine) per token, the same samples weighted by learner / engine."""
     ratio_min: float
-    """Of learner / engine."""
     ratio_max: float
     experts: float | None
     """Share of tokens and MoE layers with the same experts; None without any."""
@@ -112,17 +110,10 @@ def measure(
             assert kept_BQK is not None and rollout.kept is not None, "the learner selects too"
             overlap = _jaccard(kept_BQK[0, :num].cpu().numpy(), rollout.kept[layer])
             overlaps.setdefault(layer, []).append(overlap[model.config.index_topk :])
-    log_M = np.concatenate(gaps).astype(np.float64)  # log(engine / learner)
-    ratio_M, gap_M = np.exp(-log_M), np.abs(log_M)
+    log_M = np.concatenate(gaps)  # log(engine / learner)
     return Agreement(
+        **gap_figures(log_M),
         num_tokens=len(log_M),
-        gap_mean=float(gap_M.mean()),
-        gap_p99=float(np.quantile(gap_M, 0.99)),
-        gap_max=float(gap_M.max()),
-        kl_engine=float(log_M.mean()),
-        kl_learner=float((ratio_M * -log_M).mean()),
-        ratio_min=float(ratio_M.min()),
-        ratio_max=float(ratio_M.max()),
         experts=float(np.concatenate(same_experts).mean()) if same_experts else None,
         jaccard=tuple(_mean(np.concatenate(overlaps[layer])) for layer in sorted(overlaps)),
     )

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from posttrain import agree, cli
+from posttrain.gaps import gap_figures
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.toy import sorting, tokenizer
@@ -41,3 +42,12 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "3 rollouts, float32" in out and out.count("100.0000%") == 4
     assert cli.main([*command, "--limit", "0"]) == 2
+
+
+def test_gap_figures_by_hand() -> None:
+    found = gap_figures(np.array([0.0, -np.log(2)], np.float32))
+    assert found["kl_engine"] == pytest.approx(-np.log(2) / 2) and found["kl_learner"] == pytest.approx(
+        np.log(2)
+    )
+    assert found["gap_mean"] == pytest.approx(np.log(2) / 2) and found["gap_max"] == pytest.approx(np.log(2))
+    assert (found["ratio_min"], found["ratio_max"]) == (1, pytest.approx(2))

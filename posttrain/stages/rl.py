@@ -17,6 +17,7 @@ from posttrain import config, generation, packing, rollout_file
 from posttrain.advantage import advantages, overlong_penalty
 from posttrain.cluster import RemoteLearner
 from posttrain.domains import Domain, open_domains
+from posttrain.gaps import gap_figures
 from posttrain.job import Job, Result
 from posttrain.learner import Setup
 from posttrain.model.checkpoint import attention_of
@@ -204,6 +205,8 @@ def _train(
             counts = [by_id[id].rollout.num_sampled for id in batch.ids]
             for id, piece in zip(batch.ids, np.split(logp_M, np.cumsum(counts)[:-1]), strict=True):
                 by_id[id].learner_logprobs = piece
+        if not first:
+            figures |= _engine_figures([by_id[id] for id in ids])
         if "skipped" in figures:
             skipped += ids
             for id in ids:
@@ -214,6 +217,16 @@ def _train(
             skips[name] += figures.get(name, 0.0)
         first = first or figures
     return first | {name: count for name, count in skips.items() if count}, skipped
+
+
+def _engine_figures(rows: Sequence[Row]) -> dict[str, float]:
+    """How far the engine that sampled these rows is from the learner, before it moved."""
+    logs = [
+        r.rollout.logprobs[r.rollout.sampled] - r.learner_logprobs
+        for r in rows
+        if r.learner_logprobs is not None
+    ]
+    return {f"engine/{name}": value for name, value in gap_figures(np.concatenate(logs)).items()}
 
 
 def _with_old(batches: Sequence[Batch], learner: RemoteLearner, temperature: float) -> list[Batch]:
