@@ -29,6 +29,9 @@ from posttrain.rollouts.vllm.model import DsaForVllm
 from posttrain.rollouts.vllm.sampler import Draws, SeededSampler
 from posttrain.schema import Rollout, Stop
 
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+"""CUDA graphs of decoding steps, without torch.compile."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
@@ -82,9 +85,8 @@ class VllmEngine:
         limits: Limits = Limits(),
         seed: int = 0,
     ) -> None:
-        ModelRegistry.register_model(
-            plugin.ARCHITECTURE, DsaForVllm
-        )  # the class: a name costs a process of 8 s
+        # The class: a name would be looked at in a process of its own, which takes 8 s.
+        ModelRegistry.register_model(plugin.ARCHITECTURE, DsaForVllm)
         self.tokenizer, self.limits, self.version = tokenizer, limits, 0
         self.eos_token_id = tokenizer.eos_token_id
         self._engine = LLMEngine.from_engine_args(
@@ -102,6 +104,7 @@ class VllmEngine:
                 enable_chunked_prefill=True,
                 async_scheduling=False,
                 enforce_eager=limits.eager,
+                compilation_config={} if limits.eager else GRAPHS,
                 disable_log_stats=True,
                 additional_config={"backend": backend},
             )
