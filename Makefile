@@ -50,7 +50,7 @@ test-full: $(INSTALLED) $(TRITON36) test-vllm
 	$(BIN)/python -m pytest
 
 test-vllm: $(VLLM_INSTALLED)
-	$(VLLM)/bin/python -m pytest tests/vllm
+	$(VLLM)/bin/python -m pytest tests/vllm_engine
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
