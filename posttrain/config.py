@@ -389,6 +389,19 @@ class Learner(Model):
     """Tokens of one forward and backward pass; memory grows with it."""
 
 
+class Snapshots(Model):
+    """What a killed training stage goes on from, to the bit: weights, optimizer, random numbers, data."""
+
+    every_s: float = Field(600, gt=0)
+    """Take one when so many seconds have passed since the last; fewer lose less work and cost more writing."""
+    every_steps: int = Field(0, ge=0)
+    """Also take one after every so many steps of the stage; 0 = by the clock alone."""
+    keep: int = Field(2, ge=1)
+    """Snapshots kept of a stage; the one before the last serves where the last is damaged. None outlives its stage."""
+    asynchronous: bool = False
+    """Write while training goes on, from a copy in host memory. Until it is written, the one before counts."""
+
+
 class Run(Model):
     """A whole recipe."""
 
@@ -400,6 +413,7 @@ class Run(Model):
     """What a reader of the report must know."""
     cluster: Cluster = Cluster()
     learner: Learner = Learner()
+    snapshots: Snapshots = Snapshots()
     rollouts: Rollouts = Rollouts()
     evaluation: Evaluation = Evaluation()
     domains: list[Domain] = []

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from posttrain import config, logprob, loss
+from posttrain import config, logprob, loss, training_state
 from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
@@ -99,6 +99,7 @@ class Learner:
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
         )
         self.version = 0
+        self._writer = training_state.Writer()
         self._load: dict[int, Any] = {}
         self._nonfinite_ids: list[str] = []
         self._nonfinite_steps = 0
@@ -211,6 +212,42 @@ class Learner:
         tokenizer = checkpoint.load_tokenizer(self.setup.checkpoint)
         write = checkpoint.save_dense if dense else checkpoint.save
         write(self.model, path, tokenizer)
+
+    def snapshot(self, folder: Path) -> None:
+        """Begin to write everything that restore needs; training may go on at once."""
+        counters = training_state.Counters(
+            version=self.version,
+            nonfinite_steps=self._nonfinite_steps,
+            nonfinite_ids=tuple(self._nonfinite_ids),
+            schedule_step=self.optimizers.step_count,
+            norms=self.optimizers.norms,
+        )
+        self._writer.start(folder, self.model, self.optimizers, counters)
+
+    def snapshot_written(self) -> bool:
+        """Whether the snapshot is written; raises what went wrong."""
+        if self._writer.ready():
+            self._writer.finish()
+            return True
+        return False
+
+    def snapshot_finish(self) -> None:
+        """Wait until the snapshot is written."""
+        self._writer.finish()
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a snapshot of a learner with the same setup."""
+        counters = training_state.read(folder, self.model, self.optimizers)
+        self.version = counters.version
+        self._nonfinite_steps, self._nonfinite_ids = counters.nonfinite_steps, list(counters.nonfinite_ids)
+        self.optimizers.restore(counters.schedule_step, counters.norms)
+
+    def finish(self, path: Path, *, dense: bool = False) -> dict[str, str]:
+        """Save the checkpoint; in deterministic mode also tell the hash of weights and optimizer, to compare runs by."""
+        self.save(path, dense=dense)
+        if not self.setup.deterministic:
+            return {}
+        return {"state_sha256": training_state.digest(self.model, self.optimizers)}
 
     def _context(self, tensors: _Tensors, indexer_loss: IndexerLoss = "none") -> PackedContext:
         """The one way to run a batch: policy, old policy and reference replay the same choices."""

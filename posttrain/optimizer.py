@@ -8,6 +8,7 @@ is usual, moves nothing. Next: learner.py.
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,18 @@ class Optimizers:
             if part in train:
                 self.parts[part].append(parameter)
         self.optimizers = self._build(model)
+
+    @property
+    def norms(self) -> dict[str, list[float]]:
+        """What the spike guard compares with: the last norms of model and indexer."""
+        return {part: list(recent) for part, recent in self._recent.items()}
+
+    def restore(self, step_count: int, norms: Mapping[str, Sequence[float]]) -> None:
+        """Set the schedule and the guard; the moments are in optimizers."""
+        self.step_count = step_count
+        for part, recent in self._recent.items():
+            recent.clear()
+            recent.extend(norms[part])
 
     def _build(self, model: DeepseekV32ForCausalLM) -> list[torch.optim.Optimizer]:
         config = self.config

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import jsonl
 from posttrain.model import checkpoint
-from posttrain.store import Store
+from posttrain.store import Store, file_hash
 
 pytestmark = pytest.mark.slow
 
@@ -191,10 +191,10 @@ def test_status_and_export_commands(finished: Path, tmp_path: Path) -> None:
 class _Driver:
     """A driver in its own process, watched from outside."""
 
-    def __init__(self, out: Path, log: Path) -> None:
+    def __init__(self, out: Path, log: Path, *more: str) -> None:
         self.run = out / "demo"
         with log.open("a") as file:
-            self.process = subprocess.Popen(_command(out), cwd=ROOT, stdout=file, stderr=file)
+            self.process = subprocess.Popen(_command(out, *more), cwd=ROOT, stdout=file, stderr=file)
 
     def wait_for(self, stage: str, event: str) -> None:
         """Until an event of the stage is in the ledger (or, for evaluations, its folder is)."""
@@ -247,6 +247,23 @@ def test_a_driver_killed_in_any_stage_is_continued(finished: Path, tmp_path: Pat
     assert report["eval"] == _report(finished)["eval"]
     attempts = {s: Store(run).manifest(s).attempt for s in ("convert", "sparse", "mixed")}
     assert attempts["convert"] == 1 and attempts["sparse"] >= 2 and attempts["mixed"] >= 2
+
+
+def test_a_killed_stage_goes_on_from_its_snapshot(finished: Path, tmp_path: Path) -> None:
+    """test_snapshots.py compares every bit after kills at chosen moments, without Ray; this is the same with it."""
+    log, flags = tmp_path / "log.txt", ("--until", "pretrain", "--set", "snapshots.every_steps=20")
+    driver = _Driver(tmp_path, log, *flags)
+    driver.wait_for("pretrain", "snapshot")
+    time.sleep(0.5)
+    driver.kill()
+    done = _run(tmp_path, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from its snapshot" in done.stdout
+    run = tmp_path / "demo"
+    assert Store(run).manifest("pretrain").attempt == 1
+    weights = "pretrain/model.safetensors"
+    assert file_hash(run / weights) == file_hash(finished / weights)
+    assert _report(run)["ledger"]["lost"] == _report(run)["ledger"]["duplicated"] == 0
 
 
 def test_a_killed_rollout_actor_is_replaced(finished: Path, tmp_path: Path) -> None:
