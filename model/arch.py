@@ -7,6 +7,9 @@ padded batches. Next: attention.py, context.py.
 Shape letters: T tokens, D hidden, V vocabulary, M positions whose logits are wanted.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.conversion_mapping import (
@@ -114,13 +117,22 @@ class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, tokens_T: Tensor, context: Context, at_M: Tensor | None = None) -> Tensor:
-        """Logits fp32 [M, V] at the token positions at_M (default: all) of a packed pass."""
-        x_TD = self.model(tokens_T, context)
+    def forward(
+        self,
+        tokens_T: Tensor,
+        context: Context,
+        at_M: Tensor | None = None,
+        read: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """Logits fp32 [M, V] at the token positions at_M (default: all) of a packed pass.
+
+        Or what `read` makes of the final hidden states [M, D] there and of the head [V, D], which need not give all
+        logits at a time. It is called in here because a sharded head is whole only here.
+        """
+        x_MD = self.model(tokens_T, context)
         if at_M is not None:
-            x_TD = x_TD.index_select(0, at_M)
-        logits_MV: Tensor = self.lm_head(x_TD).float()
-        return logits_MV
+            x_MD = x_MD.index_select(0, at_M)
+        return self.lm_head(x_MD).float() if read is None else read(x_MD, self.lm_head.weight)
 
     def backend(self, choice: backend.Choice, *, deterministic: bool = False) -> backend.Backend:
         """What runs this model's sparse attention where it is now; ValueError if that cannot be had."""

@@ -52,6 +52,7 @@ class Setup:
     dtype: str = "float32"
     backend: Choice = "auto"
     deterministic: bool = False
+    max_logits: int = logprob.MAX_LOGITS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -134,7 +135,8 @@ class Learner:
         for batch in batches:
             tensors = self._tensors(batch)
             context = self._context(tensors, self.setup.indexer_loss)
-            policy = self._policy(tensors, context, temperature, with_entropy=settings.entropy_coef > 0)
+            with_entropy = settings.entropy_coef > 0
+            policy = self._policy(self.model, tensors, context, temperature, with_entropy=with_entropy)
             seen.append(policy[0].detach().cpu().numpy())
             values = self._values(batch, tensors, policy, settings, temperature)
             objective, figures = loss.policy_loss(values, settings)
@@ -332,18 +334,26 @@ class Learner:
     def _logprobs(
         self, model: Any, tensors: _Tensors, context: PackedContext, temperature: float = 1.0
     ) -> Tensor:
-        logits_MV = model(tensors.tokens_T, context, tensors.at_M)
-        return logprob.sampled_logprobs(logits_MV, tensors.targets_M, temperature, tensors.kept_ids)
+        return self._policy(model, tensors, context, temperature)[0]
 
     def _policy(
-        self, tensors: _Tensors, context: PackedContext, temperature: float, *, with_entropy: bool
+        self,
+        model: Any,
+        tensors: _Tensors,
+        context: PackedContext,
+        temperature: float,
+        *,
+        with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and, if wanted, entropies [M]; the logits are gone on return but for what autograd needs."""
-        if not with_entropy:
-            return self._logprobs(self.model, tensors, context, temperature), None
-        logits_MV = self.model(tensors.tokens_T, context, tensors.at_M)
-        logp_M = logprob.sampled_logprobs(logits_MV, tensors.targets_M, temperature, tensors.kept_ids)
-        return logp_M, logprob.entropy(logits_MV, temperature)
+        """Log-probs and, if wanted, entropies [M]."""
+
+        def read(x_MD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor | None]:
+            given = (tensors.targets_M, temperature, tensors.kept_ids)
+            limit = self.setup.max_logits
+            return logprob.head_logprobs(x_MD, head_VD, *given, with_entropy=with_entropy, max_logits=limit)
+
+        found: tuple[Tensor, Tensor | None] = model(tensors.tokens_T, context, tensors.at_M, read)
+        return found
 
     @torch.no_grad()
     def _reference_logprobs(self, tensors: _Tensors, temperature: float) -> Tensor | None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import jsonl
 from posttrain.model import checkpoint
-from posttrain.store import Store, file_hash
+from posttrain.store import SNAPSHOTS, Store, file_hash
 
 pytestmark = pytest.mark.slow
 
@@ -254,7 +254,9 @@ def test_a_killed_stage_goes_on_from_its_snapshot(finished: Path, tmp_path: Path
     log, flags = tmp_path / "log.txt", ("--until", "pretrain", "--set", "snapshots.every_steps=20")
     driver = _Driver(tmp_path, log, *flags)
     driver.wait_for("pretrain", "snapshot")
-    time.sleep(0.5)
+    deadline = time.monotonic() + DEADLINE_S
+    while not list(driver.run.glob(f".partial-pretrain/{SNAPSHOTS}/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
     driver.kill()
     done = _run(tmp_path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
