@@ -350,6 +350,31 @@ Stage = Annotated[
 ]
 
 
+class Sharding(Model):
+    """How the learner is spread over processes, one per GPU; parameters, gradients and moments are cut (FSDP2)."""
+
+    ranks: int = Field(1, ge=1)
+    """Learner processes. 1 trains without any wrapper."""
+    reshard: bool = True
+    """Give a layer's whole weights up after its forward pass and collect them again backward; false is faster and
+    keeps the whole model on every rank during a step."""
+    mixed_precision: bool = False
+    """Parameters, sums of gradients and moments in fp32, products in cluster.dtype. Twice the memory for weights."""
+    offload: bool = False
+    """Parameters and moments wait in host memory; slow, for models that do not fit otherwise. Needs a GPU."""
+    recompute: bool = False
+    """Keep only the input of each layer and compute the rest again backward: far less memory, a third more work."""
+
+    @model_validator(mode="after")
+    def _only_for_several(self) -> Self:
+        for name in ("mixed_precision", "offload"):
+            if self.ranks == 1 and getattr(self, name):
+                raise ValueError(
+                    f"{name} = true with ranks = 1: one process has no shards; set ranks = 2 or more"
+                )
+        return self
+
+
 class Cluster(Model):
     """Where the work runs."""
 
@@ -358,6 +383,7 @@ class Cluster(Model):
     rollout_actors: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if torch sees one."""
+    sharding: Sharding = Sharding()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter type of learner and engines."""
     backend: Literal["auto", "triton", "torch"] = "auto"

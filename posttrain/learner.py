@@ -1,8 +1,9 @@
 """The learner: one model, one optimizer, language-model steps and GRPO steps on packed batches.
 
-A plain class; cluster.py makes it a Ray actor. Gradients of all micro-batches of a step are summed, with
-every weight fixed beforehand (packing.py). A step that is not finite moves nothing (optimizer.py). Left out here:
-sharding over several GPUs. Next: loss.py.
+A plain class; cluster.py makes it a Ray actor, or several of which each holds a part of the model (group.py): then
+every method is called on all of them at once, with the same arguments. Gradients of all micro-batches of a step are
+summed, with every weight fixed beforehand (packing.py). A step that is not finite moves nothing (optimizer.py).
+Next: loss.py.
 
 Shape letters: T tokens of a batch, M valid (predicted) tokens of it, X experts.
 """
@@ -11,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain import config, logprob, loss, training_state
+from posttrain.device_batch import DeviceBatch, on_device
+from posttrain.group import Group, Pass, Value, in_order, passes, total, whole
 from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
@@ -48,6 +51,7 @@ class Setup:
     balance_speed: float = 0.0
     reference: bool = False
     """Keep a frozen copy of the starting policy for the KL."""
+    sharding: config.Sharding = field(default_factory=config.Sharding)
     device: str = "cpu"
     dtype: str = "float32"
     backend: Choice = "auto"
@@ -68,39 +72,37 @@ class Setup:
                 'indexer_loss="sparse" with attention="dense": nothing is selected, so the indexers would stay '
                 'as they are; use attention="sparse" or indexer_loss="dense"'
             )
-
-
-@dataclass(slots=True)
-class _Tensors:
-    """A batch on the device, its valid tokens singled out."""
-
-    tokens_T: Tensor
-    cu_seqlens_S: Tensor
-    at_M: Tensor
-    targets_M: Tensor
-    weight_M: Tensor
-    sequence_M: Tensor
-    experts_NTE: Tensor | None
-    kept_NTK: Tensor | None
-    kept_ids: logprob.KeptIds | None
+        if self.sharding.offload and self.device == "cpu":
+            raise ValueError("sharding.offload = true on the CPU: parameters are in host memory as it is")
 
 
 class Learner:
     """Owns the training state of one stage."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, group: Group | None = None) -> None:
         torch.manual_seed(setup.seed)
-        self.setup = setup
+        self.setup, self.group = setup, group
         dtype = getattr(torch, setup.dtype)
-        self.model = checkpoint.load(setup.checkpoint, dtype=dtype, device=setup.device)
+        self.model = checkpoint.load(
+            setup.checkpoint,
+            dtype=torch.float32 if setup.sharding.mixed_precision else dtype,
+            device=setup.device if group is None else "cpu",  # the shards alone reach the device
+        )
         self.model.train()
-        self.backend = self.model.backend(setup.backend, deterministic=setup.deterministic)
+        self.backend = self.model.backend(
+            setup.backend, deterministic=setup.deterministic, device=torch.device(setup.device), dtype=dtype
+        )
+        for layer in self.model.model.layers:
+            layer.recompute = setup.sharding.recompute
         self.reference = deepcopy(self.model).requires_grad_(False) if setup.reference else None
+        if group is not None:
+            for model in filter(None, (self.model, self.reference)):
+                group.shard(model, setup.sharding, dtype)
         self.optimizers = Optimizers(
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
         )
         self.version = 0
-        self._writer = training_state.Writer()
+        self._writer = training_state.Writer(None if group is None else group.snapshots)
         self._load: dict[int, Any] = {}
         self._nonfinite_ids: list[str] = []
         self._nonfinite_steps = 0
@@ -112,13 +114,13 @@ class Learner:
         """
         sums: defaultdict[str, float] = defaultdict(float)
         with_lm = "model" in self.setup.train
-        for batch in batches:
-            tensors = self._tensors(batch)
+        for each in self._passes(batches):
+            tensors = self._on_device(each.batch)
             context = self._context(tensors, self.setup.indexer_loss)
             logp_M = self._logprobs(self.model, tensors, context)
             lm_loss = -(tensors.weight_M * logp_M).sum()
             total = lm_loss if with_lm else lm_loss.detach()
-            self._backward(total, lm_loss, batch, context, sums, share=self._share(batches))
+            self._backward(total, lm_loss, each, context, sums, share=self._share(batches))
         return self._finish(sums, batches)
 
     def grpo_step(
@@ -129,32 +131,39 @@ class Learner:
         What batches carry of the engine's choices (kept entries, experts, sampling mask) replaces the model's own,
         for the policy and for the reference.
         """
-        seen: list[NDArray[np.float32]] = []
+        seen: dict[int, NDArray[np.float32]] = {}
         sums: defaultdict[str, float] = defaultdict(float)
         valid = sum(int(b.mask_T.sum()) for b in batches)
-        for batch in batches:
-            tensors = self._tensors(batch)
+        for each in self._passes(batches):
+            batch, tensors = each.batch, self._on_device(each.batch)
             context = self._context(tensors, self.setup.indexer_loss)
             with_entropy = settings.entropy_coef > 0
             policy = self._policy(self.model, tensors, context, temperature, with_entropy=with_entropy)
-            seen.append(policy[0].detach().cpu().numpy())
             values = self._values(batch, tensors, policy, settings, temperature)
             objective, figures = loss.policy_loss(values, settings)
-            for name, value in figures.items():
-                sums[name] += float(value) / valid
-            self._backward(objective, objective, batch, context, sums, share=self._share(batches))
-        return self._finish(sums, batches), seen
+            if each.index is not None:
+                seen[each.index] = policy[0].detach().cpu().numpy()
+                for name, value in figures.items():
+                    sums[name] += float(value) / valid
+            self._backward(objective, objective, each, context, sums, share=self._share(batches))
+        return self._finish(sums, batches), self._in_order(seen)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """Log-probs of the valid tokens of each batch under the current weights and what the batch replays."""
-        tensors = [self._tensors(b) for b in batches]
-        return [self._logprobs(self.model, t, self._context(t), temperature).cpu().numpy() for t in tensors]
+        found: dict[int, NDArray[np.float32]] = {}
+        for each in self._passes(batches):
+            tensors = self._on_device(each.batch)
+            logp_M = self._logprobs(self.model, tensors, self._context(tensors), temperature)
+            if each.index is not None:
+                found[each.index] = logp_M.cpu().numpy()
+        return self._in_order(found)
 
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Held-out figures of the DSA conversion: LM loss dense and sparse, KL and top-k recall per layer.
 
+        Every rank runs all batches.
         Losses and recall count only tokens predicted from a query with more than top-k causal keys.
         """
         topk = int(self.model.config.index_topk)
@@ -164,7 +173,7 @@ class Learner:
         load: dict[int, Tensor] = {}
         counted = targets = queries = 0
         for batch in batches:
-            tensors = self._tensors(batch)
+            tensors = self._on_device(batch)
             for mode in ("dense", "sparse"):
                 context = PackedContext(
                     attention=mode,
@@ -206,14 +215,25 @@ class Learner:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """All parameters and buffers that a checkpoint holds, on the CPU."""
-        return {name: t.detach().cpu() for name, t in self.model.state_dict().items()}
+        """All parameters and buffers that a checkpoint holds, on the CPU; of several ranks the first has them."""
+        found = {}
+        for name, tensor in self.model.state_dict().items():
+            weight = whole(tensor.detach())
+            if self._first:
+                found[name] = weight.cpu()
+        return found
 
     def save(self, path: Path, *, dense: bool = False) -> None:
         """Write a Hugging Face checkpoint; dense drops the indexers and writes deepseek_v3."""
+        model = self.model
+        if self.group is not None:
+            weights = self.weights()
+            if not self._first:
+                return
+            model = checkpoint.from_weights(self.model.config, weights)
         tokenizer = checkpoint.load_tokenizer(self.setup.checkpoint)
         write = checkpoint.save_dense if dense else checkpoint.save
-        write(self.model, path, tokenizer)
+        write(model, path, tokenizer)
 
     def snapshot(self, folder: Path) -> None:
         """Begin to write everything that restore needs; training may go on at once."""
@@ -239,7 +259,8 @@ class Learner:
 
     def restore(self, folder: Path) -> None:
         """Go on from a snapshot of a learner with the same setup."""
-        counters = training_state.read(folder, self.model, self.optimizers)
+        group = None if self.group is None else self.group.snapshots
+        counters = training_state.read(folder, self.model, self.optimizers, group)
         self.version = counters.version
         self._nonfinite_steps, self._nonfinite_ids = counters.nonfinite_steps, list(counters.nonfinite_ids)
         self.optimizers.restore(counters.schedule_step, counters.norms)
@@ -251,7 +272,20 @@ class Learner:
             return {}
         return {"state_sha256": training_state.digest(self.model, self.optimizers)}
 
-    def _context(self, tensors: _Tensors, indexer_loss: IndexerLoss = "none") -> PackedContext:
+    @property
+    def _first(self) -> bool:
+        """Whether this process speaks for all ranks."""
+        return self.group is None or self.group.rank == 0
+
+    def _passes(self, batches: Sequence[Batch]) -> list[Pass]:
+        if self.group is None:
+            return [Pass(batch, i) for i, batch in enumerate(batches)]
+        return passes(batches, self.group.rank, self.group.size)
+
+    def _in_order(self, found: dict[int, Value]) -> list[Value]:
+        return in_order([found] if self.group is None else self.group.collect(found))
+
+    def _context(self, tensors: DeviceBatch, indexer_loss: IndexerLoss = "none") -> PackedContext:
         """The one way to run a batch: policy, old policy and reference replay the same choices."""
         context = PackedContext(
             attention=self.setup.attention,
@@ -266,38 +300,13 @@ class Learner:
             context.replay_experts = dict(zip(layers, tensors.experts_NTE, strict=True))
         return context
 
-    def _tensors(self, batch: Batch) -> _Tensors:
-        device = self.setup.device
-        valid_M = np.flatnonzero(batch.mask_T)
-        lengths_S = np.diff(batch.cu_seqlens_S)
-        sequence_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
-
-        def tensor(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        kept_ids = None
-        if batch.sampling_mask is not None:
-            counts_M = batch.sampling_mask.counts[valid_M]
-            masked_N = np.flatnonzero(counts_M)
-            rows_R = np.repeat(np.arange(len(masked_N)), counts_M[masked_N])
-            ids_R = batch.sampling_mask.ids.astype(np.int64)
-            kept_ids = logprob.KeptIds(tensor(masked_N), tensor(rows_R), tensor(ids_R))
-        return _Tensors(
-            tokens_T=tensor(batch.tokens_T),
-            cu_seqlens_S=tensor(batch.cu_seqlens_S),
-            at_M=tensor(valid_M - 1),
-            targets_M=tensor(batch.tokens_T[valid_M]),
-            weight_M=tensor(batch.weight_T[valid_M]),
-            sequence_M=tensor(sequence_T[valid_M]),
-            experts_NTE=None if batch.experts_NTE is None else tensor(batch.experts_NTE),
-            kept_NTK=None if batch.kept_NTK is None else tensor(batch.kept_NTK),
-            kept_ids=kept_ids,
-        )
+    def _on_device(self, batch: Batch) -> DeviceBatch:
+        return on_device(batch, self.setup.device)
 
     def _values(
         self,
         batch: Batch,
-        tensors: _Tensors,
+        tensors: DeviceBatch,
         policy: tuple[Tensor, Tensor | None],
         settings: config.Loss,
         temperature: float,
@@ -332,14 +341,14 @@ class Learner:
         )
 
     def _logprobs(
-        self, model: Any, tensors: _Tensors, context: PackedContext, temperature: float = 1.0
+        self, model: Any, tensors: DeviceBatch, context: PackedContext, temperature: float = 1.0
     ) -> Tensor:
         return self._policy(model, tensors, context, temperature)[0]
 
     def _policy(
         self,
         model: Any,
-        tensors: _Tensors,
+        tensors: DeviceBatch,
         context: PackedContext,
         temperature: float,
         *,
@@ -356,7 +365,7 @@ class Learner:
         return found
 
     @torch.no_grad()
-    def _reference_logprobs(self, tensors: _Tensors, temperature: float) -> Tensor | None:
+    def _reference_logprobs(self, tensors: DeviceBatch, temperature: float) -> Tensor | None:
         if self.reference is None:
             return None
         return self._logprobs(self.reference, tensors, self._context(tensors), temperature)
@@ -369,7 +378,7 @@ class Learner:
         self,
         total: Tensor,
         shown: Tensor,
-        batch: Batch,
+        each: Pass,
         context: PackedContext,
         sums: defaultdict[str, float],
         *,
@@ -379,12 +388,16 @@ class Learner:
         value = float(shown.detach())
         sums["loss"] += value
         if not math.isfinite(value):
-            self._nonfinite_ids.extend(batch.ids)
+            self._nonfinite_ids.extend(each.batch.ids)
+        if each.index is None:
+            share = 0.0
         for _, record in sorted(context.records.items()):
             if record.kl is not None:
                 # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
                 total = total + record.kl * share
         total.backward()
+        if each.index is None:
+            return
         for layer, record in sorted(context.records.items()):
             if record.kl_value is not None:  # known only now
                 sums[f"indexer_kl/{layer}"] += float(record.kl_value) * share
@@ -392,6 +405,11 @@ class Learner:
                 self._load[layer] = self._load.get(layer, 0) + record.load_X
 
     def _finish(self, sums: defaultdict[str, float], batches: Sequence[Batch]) -> Figures:
+        if self.group is not None:
+            known = self.group.collect((dict(sums), self._load, self._nonfinite_ids))
+            sums.update(total([figures for figures, _, _ in known]))
+            self._load = total([load for _, load, _ in known])
+            self._nonfinite_ids = [id for _, _, ids in known for id in ids]
         figures = dict(sums) | self.optimizers.step(finite=math.isfinite(sums["loss"]))
         self._count_nonfinite("nonfinite" in figures, batches)
         moved = "skipped" not in figures

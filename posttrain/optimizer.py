@@ -11,10 +11,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from posttrain.config import Optimizer
 from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.muon import Muon
 
 SPIKE_AFTER = 8
 """Gradient norms that the spike guard must have seen before it judges one."""
@@ -57,11 +60,7 @@ class Optimizers:
         rest = [p for p in self.parts["model"] if p not in matrices]
         built: list[torch.optim.Optimizer] = []
         if muon:
-            built.append(
-                torch.optim.Muon(
-                    muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            built.append(Muon(muon, lr=config.lr, weight_decay=config.weight_decay))
         for params, lr in ((rest, config.lr), (self.parts["indexer"], config.indexer_lr)):
             if params:
                 built.append(
@@ -115,7 +114,7 @@ class Optimizers:
                     raise ValueError(
                         f"no gradient has reached the {part} parameters, which are to be trained"
                     )
-                norms[part] = nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
+                norms[part] = clip_gradients(params, self.config.max_grad_norm)
         return {part: float(norm) for part, norm in norms.items()}
 
     def _is_spike(self, part: str, norm: float) -> bool:
@@ -124,6 +123,20 @@ class Optimizers:
         usual = statistics.median(recent) if len(recent) >= SPIKE_AFTER else math.inf
         recent.append(norm)
         return factor is not None and norm > factor * usual
+
+
+def clip_gradients(params: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients down to a norm of `most` together; their norm before. Sharded ones count over all ranks."""
+    shards = [p.grad.to_local() for p in params if isinstance(p.grad, DTensor)]
+    if not shards:
+        return nn.utils.clip_grad_norm_(params, most)
+    squares = [torch.linalg.vector_norm(shard, dtype=torch.float32).square() for shard in shards]
+    square = torch.stack(squares).sum()
+    dist.all_reduce(square)
+    factor = (most / (square.sqrt() + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
+    for shard in shards:
+        shard.mul_(factor)
+    return square.sqrt()
 
 
 def _hidden_matrices(model: DeepseekV32ForCausalLM) -> set[nn.Parameter]:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from posttrain import disk
 from posttrain.optimizer import Optimizers
@@ -109,9 +110,9 @@ def digest(model: nn.Module, optimizers: Optimizers) -> str:
     """sha256 of all weights and moments, names included: equal for equal bits on any number of ranks."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors(model, optimizers).items()):
-        whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        total.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
-        total.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        values = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        total.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        total.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -172,7 +172,7 @@ def test_gates_of_replayed_experts_come_from_the_current_router(path: Path, roll
 
 def _experts(learner: Learner, batch: Batch) -> np.ndarray[Any, Any]:
     """[N, T, E] the experts that a pass over the batch uses."""
-    tensors = learner._tensors(batch)
+    tensors = learner._on_device(batch)
     context = learner._context(tensors)
     with torch.no_grad():
         learner._logprobs(learner.model, tensors, context)
