@@ -25,6 +25,7 @@ from posttrain.kernels.pages import Pages
 from posttrain.kernels.sparse_mla import sparse_mla
 from posttrain.model.context import Context
 from posttrain.model.indexer import LightningIndexer
+from posttrain.model.lora import weight_of
 from posttrain.model.rope import Rope, rotate
 
 if TYPE_CHECKING:  # triton exists on Linux only
@@ -78,8 +79,10 @@ class DsaAttention(hf.DeepseekV32Attention):
             return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
-        """W_UK [H, N, R] and W_UV [H, V, R], views of kv_b_proj."""
-        weight_HR = self.kv_b_proj.weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        """W_UK [H, N, R] and W_UV [H, V, R], the two parts of kv_b_proj."""
+        weight_HR = weight_of(self.kv_b_proj).view(
+            -1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank
+        )
         return weight_HR[:, : self.qk_nope_head_dim], weight_HR[:, self.qk_nope_head_dim :]
 
     def _absorb(self, q_nope_THN: Tensor) -> Tensor:

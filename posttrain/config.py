@@ -272,6 +272,15 @@ class Keep(Model):
     about 500 kB per token at 61 layers of 2048 (GLM-5 3.2 finds that impractical and relies on equal kernels)."""
 
 
+class Lora(Model):
+    """Train low-rank adapters of attention and dense MLPs (peft) instead of all weights; merged in fp32 for rollouts
+    and for the stage's checkpoint. The reference of the KL is the model with its adapters off."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    """Adapters count alpha / rank times; larger learns faster at the same rate."""
+
+
 class Rollouts(Model):
     """How completions are generated."""
 
@@ -298,6 +307,8 @@ class Rl(_Stage):
     updates_per_step: int = Field(1, ge=1)
     """Optimizer steps per batch of rollouts; more than 1 is off-policy."""
     optimizer: Optimizer
+    lora: Lora | None = None
+    """None: all weights train."""
     loss: Loss = Loss()
     keep: Keep = Keep()
     refill_rounds: int = Field(0, ge=0)
@@ -335,6 +346,8 @@ class Sft(_Stage):
     steps: int = Field(ge=1)
     sequences_per_step: int = Field(48, ge=1)
     optimizer: Optimizer
+    lora: Lora | None = None
+    """None: all weights train."""
 
 
 class Export(_Stage):

@@ -21,11 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from posttrain import config, logprob, loss, training_state
+from posttrain import config, diagnosis, logprob, loss, training_state
 from posttrain.device_batch import DeviceBatch, on_device
 from posttrain.group import Group, Pass, Value, in_order, passes, total, whole
 from posttrain.kernels.backend import Choice
-from posttrain.model import checkpoint
+from posttrain.model import checkpoint, lora
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
 from posttrain.model.moe import update_bias
 from posttrain.optimizer import Optimizers
@@ -49,8 +49,10 @@ class Setup:
     """"model", "indexer" or both."""
     indexer_loss: IndexerLoss = "none"
     balance_speed: float = 0.0
+    lora: config.Lora | None = None
+    """Train adapters in place of the model's weights."""
     reference: bool = False
-    """Keep a frozen copy of the starting policy for the KL."""
+    """Keep the starting policy for the KL: a frozen copy, or the model with its adapters off."""
     sharding: config.Sharding = field(default_factory=config.Sharding)
     device: str = "cpu"
     dtype: str = "float32"
@@ -71,6 +73,10 @@ class Setup:
             raise ValueError(
                 'indexer_loss="sparse" with attention="dense": nothing is selected, so the indexers would stay '
                 'as they are; use attention="sparse" or indexer_loss="dense"'
+            )
+        if self.lora is not None and trains:
+            raise ValueError(
+                'lora with indexers that train: adapters alone train there; set indexer = "freeze" or leave lora out'
             )
         if self.sharding.offload and self.device == "cpu":
             raise ValueError("sharding.offload = true on the CPU: parameters are in host memory as it is")
@@ -94,7 +100,11 @@ class Learner:
         )
         for layer in self.model.model.layers:
             layer.recompute = setup.sharding.recompute
-        self.reference = deepcopy(self.model).requires_grad_(False) if setup.reference else None
+        self.reference: Any = None
+        if setup.lora is not None:
+            lora.inject(self.model, rank=setup.lora.rank, alpha=setup.lora.alpha)
+        elif setup.reference:
+            self.reference = deepcopy(self.model).requires_grad_(False)
         if group is not None:
             for model in filter(None, (self.model, self.reference)):
                 group.shard(model, setup.sharding, dtype)
@@ -161,72 +171,30 @@ class Learner:
 
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """Held-out figures of the DSA conversion: LM loss dense and sparse, KL and top-k recall per layer.
+        """Held-out figures of the DSA conversion (diagnosis.py). Every rank runs all batches."""
+        found = (self._on_device(batch) for batch in batches)
 
-        Every rank runs all batches.
-        Losses and recall count only tokens predicted from a query with more than top-k causal keys.
-        """
-        topk = int(self.model.config.index_topk)
-        sums = {"lm_loss_dense": 0.0, "lm_loss_sparse": 0.0}
-        kl: defaultdict[int, float] = defaultdict(float)
-        recall: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros(2))
-        load: dict[int, Tensor] = {}
-        counted = targets = queries = 0
-        for batch in batches:
-            tensors = self._on_device(batch)
-            for mode in ("dense", "sparse"):
-                context = PackedContext(
-                    attention=mode,
-                    backend=self.backend,
-                    indexer_loss="dense" if mode == "dense" else "none",
-                    diagnose=mode == "sparse",
-                    cu_seqlens_S=tensors.cu_seqlens_S,
-                )
-                logp_M = self._logprobs(self.model, tensors, context)
-                long_M = context.positions_T[tensors.at_M] >= topk
-                sums[f"lm_loss_{mode}"] -= float(logp_M[long_M].sum())
-                for layer, record in context.records.items():
-                    if record.kl_value is not None:
-                        kl[layer] += float(record.kl_value)
-                    if record.recall is not None:
-                        recall[layer] += record.recall.cpu()
-                    if record.load_X is not None and mode == "sparse":
-                        load[layer] = load.get(layer, 0) + record.load_X.cpu()
-            targets += int(long_M.sum())
-            counted += int((context.positions_T >= topk).sum())
-            queries += len(batch.tokens_T)
-        layers = [
-            {
-                "layer": n,
-                "kl": kl[n] / queries,
-                "recall": float(recall[n][0]) / max(counted, 1),
-                "recall_oracle": float(recall[n][1]) / max(counted, 1),
-                "recall_ratio": float(recall[n][0] / recall[n][1].clamp(min=1e-30)),
-            }
-            for n in sorted(recall)
-        ]
-        means = {name: value / max(targets, 1) for name, value in sums.items()}
-        return means | {
-            "layers": layers,
-            "expert_load": {n: (x / x.sum()).tolist() for n, x in sorted(load.items())},
-            "heldout_tokens": queries,
-            "counted_queries": counted,
-            "counted_targets": targets,
-        }
+        def run(tensors: DeviceBatch, context: PackedContext) -> Tensor:
+            return self._logprobs(self.model, tensors, context)
+
+        return diagnosis.measure(found, run, self.backend, topk=int(self.model.config.index_topk))
 
     def weights(self) -> dict[str, Tensor]:
-        """All parameters and buffers that a checkpoint holds, on the CPU; of several ranks the first has them."""
-        found = {}
+        """All that a checkpoint holds, adapters merged, on the CPU; of several ranks the first has it."""
+        found: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
             weight = whole(tensor.detach())
             if self._first:
                 found[name] = weight.cpu()
-        return found
+        adapters = self.setup.lora
+        if adapters is None or not self._first:
+            return found
+        return lora.merged(found, rank=adapters.rank, alpha=adapters.alpha)
 
     def save(self, path: Path, *, dense: bool = False) -> None:
         """Write a Hugging Face checkpoint; dense drops the indexers and writes deepseek_v3."""
         model = self.model
-        if self.group is not None:
+        if self.group is not None or self.setup.lora is not None:
             weights = self.weights()
             if not self._first:
                 return
@@ -366,9 +334,13 @@ class Learner:
 
     @torch.no_grad()
     def _reference_logprobs(self, tensors: DeviceBatch, temperature: float) -> Tensor | None:
-        if self.reference is None:
+        if not self.setup.reference:
             return None
-        return self._logprobs(self.reference, tensors, self._context(tensors), temperature)
+        context = self._context(tensors)
+        if self.setup.lora is None:
+            return self._logprobs(self.reference, tensors, context, temperature)
+        with lora.without(self.model):
+            return self._logprobs(self.model, tensors, context, temperature)
 
     def _share(self, batches: Sequence[Batch]) -> float:
         """1 / tokens of the whole step: the indexer's KL is a mean over all query tokens."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from posttrain.config import Optimizer
 from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.model.lora import is_adapter
 from posttrain.muon import Muon
 
 SPIKE_AFTER = 8
@@ -29,15 +30,20 @@ class Optimizers:
     def __init__(
         self, model: DeepseekV32ForCausalLM, config: Optimizer, *, train: set[str], total_steps: int
     ) -> None:
-        """train holds "model", "indexer" or both; everything else stops requiring gradients."""
+        """train holds "model", "indexer" or both; everything else stops requiring gradients.
+
+        Of a model with adapters, these are what trains.
+        """
         self.config, self.total_steps, self.step_count = config, total_steps, 0
         self._recent = {part: deque[float](maxlen=config.spike_window) for part in ("model", "indexer")}
         indexer = set(model.indexer_parameters())
         self.parts: dict[str, list[nn.Parameter]] = {"model": [], "indexer": []}
+        adapters = {p for name, p in model.named_parameters() if is_adapter(name)}
         for parameter in model.parameters():
             part = "indexer" if parameter in indexer else "model"
-            parameter.requires_grad_(part in train)
-            if part in train:
+            trains = part in train and (part == "indexer" or not adapters or parameter in adapters)
+            parameter.requires_grad_(trains)
+            if trains:
                 self.parts[part].append(parameter)
         self.optimizers = self._build(model)
 

@@ -1,7 +1,7 @@
 """A learner's state on disk: tensors by torch's DCP, everything else as JSON.
 
-Weights, buffers and optimizer moments are written as they are sharded, each rank its own part, and read again by any
-number of ranks. Beside them: what is counted, and every generator of random numbers. This module writes files; that
+Weights that train, buffers and optimizer moments are written as they are sharded, each rank its own part, and read
+again by any number of ranks; frozen weights are those of the checkpoint that the stage began with. Beside them: what is counted, and every generator of random numbers. This module writes files; that
 they are whole, verified and the newest is the matter of snapshots.py.
 """
 
@@ -78,7 +78,7 @@ class Writer:
 
 def tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
     """Every tensor of the state by name, not copied: "model/<name>" and "optimizer/<parameter>/<moment>"."""
-    found = {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    found = _weights(model)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers.optimizers:
         for parameter, moments in optimizer.state.items():
@@ -91,8 +91,7 @@ def read(
 ) -> Counters:
     """Load a state into model and optimizers; ValueError if it is that of another model or optimizer."""
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    state |= _moments(saved, model, optimizers)
+    state = _weights(model) | _moments(saved, model, optimizers)
     if state.keys() != saved.keys():
         odd = sorted(state.keys() ^ saved.keys())
         raise ValueError(f"{folder}: a snapshot of another model or optimizer ({odd[0]} is in one alone)")
@@ -107,13 +106,19 @@ def read(
 
 
 def digest(model: nn.Module, optimizers: Optimizers) -> str:
-    """sha256 of all weights and moments, names included: equal for equal bits on any number of ranks."""
+    """sha256 of all that trains, moments and buffers included, by name: equal for equal bits on any number of ranks."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors(model, optimizers).items()):
         values = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         total.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         total.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _weights(model: nn.Module) -> dict[str, Any]:
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    every = model.state_dict().items()
+    return {f"model/{name}": tensor.detach() for name, tensor in every if name not in frozen}
 
 
 def _save(state: dict[str, Any], folder: Path, group: ProcessGroup | None) -> None:

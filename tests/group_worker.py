@@ -130,6 +130,15 @@ def training(path: Path, group: Group | None, **changes: Any) -> Found:
     return found | {f"weight/{name}": tensor for name, tensor in weights(made).items()}
 
 
+def adapters(path: Path, group: Group | None, **changes: Any) -> Found:
+    """Three GRPO steps of adapters, with the KL to the model without them."""
+    made = learner(path, group, lora=config.Lora(rank=3, alpha=7.0), reference=True, **changes)
+    for seed in range(3):
+        figures, logprobs = made.grpo_step(batches(60, seed=seed), config.Loss(), 0.8)
+    found = _figures(figures) | {f"logprobs/{i}": torch.from_numpy(x) for i, x in enumerate(logprobs)}
+    return found | {f"weight/{name}": tensor for name, tensor in weights(made).items()}
+
+
 def matrices(_: Path, group: Group | None) -> Found:
     """Muon on matrices of which no number of rows is even, given the same gradients."""
     rng = torch.Generator().manual_seed(0)
@@ -196,6 +205,7 @@ CASES: dict[str, Callable[..., Found]] = {
     "warm-up, recomputed": lambda *a: warmup(*a, sharding={"recompute": True}),
     "adamw": training,
     "muon": lambda *a: training(*a, **MUON),
+    "adapters": adapters,
     "matrices": matrices,
     "bf16": lambda *a: gradients(*a, limit=60, **BF16),
     "mixed precision": lambda *a: gradients(*a, limit=60, **BF16, sharding={"mixed_precision": True}),

@@ -114,6 +114,7 @@ def _setup(stage: config.Rl, job: Job) -> Setup:
         train=frozenset({"model", "indexer"} if train_indexer else {"model"}),
         indexer_loss="sparse" if train_indexer else "none",
         balance_speed=stage.balance_speed,
+        lora=stage.lora,
         reference=stage.loss.kl != "none" and any(part.kl_coef > 0 for part in stage.mix.values()),
         seed=job.seed,
     )

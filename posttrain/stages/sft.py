@@ -33,6 +33,7 @@ def run(stage: config.Sft, job: Job) -> Result:
         optimizer=stage.optimizer,
         total_steps=stage.steps,
         train=frozenset({"model"}),
+        lora=stage.lora,
         seed=job.seed,
     )
     batches = data.steps(data.balanced(rows, seed=job.seed), stage.sequences_per_step)
