@@ -146,7 +146,8 @@ def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
             metrics.result(result.figures)
             wall_s = time.monotonic() - began
             summary = _summary(unit, result, wall_s=wall_s, load_start=load, peak=peak.bytes)
-            notes = {"backends": dict(cluster.backends), "config": depends_on(cfg, unit)}
+            notes: dict[str, Any] = {"first_step": snapshots.first_step}
+            notes |= {"backends": dict(cluster.backends), "config": depends_on(cfg, unit)}
             disk.write_json(out / SUMMARY, summary | notes)
             store.commit(origin, ledger.attempt)
     except BaseException as error:

@@ -5,6 +5,7 @@ The one run that most tests look at takes about a minute; all of this file is sl
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,32 @@ def test_a_killed_stage_goes_on_from_its_snapshot(finished: Path, tmp_path: Path
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert _report(run)["ledger"]["lost"] == _report(run)["ledger"]["duplicated"] == 0
+
+
+def test_adapters_on_two_ranks_train_a_specialist(finished: Path, tmp_path: Path) -> None:
+    """rl under Ray with everything that several ranks do: rollouts from collected weights, a reference, a checkpoint."""
+    shutil.copytree(finished, tmp_path / "demo")
+    stage = {"lora": "{rank = 4}", "mix": "{logic = {kl_coef = 0.1}}", "steps": 3, "evaluate": "false"}
+    flags = [word for k, v in stage.items() for word in ("--set", f"stages.rl-logic.{k}={v}")]
+    done = _run(tmp_path, "--only", "rl-logic", "--set", "cluster.sharding.ranks=2", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (checkpoint.load(tmp_path / "demo" / s).state_dict() for s in ("sparse", "rl-logic"))
+    moved = {
+        name.rpartition(".")[0].rpartition(".")[2]
+        for name in before
+        if not torch.equal(before[name], after[name])
+    }
+    assert {"q_a_proj", "kv_b_proj", "down_proj"} <= moved
+    assert not any("norm" in name or "indexer" in name or "embed" in name for name in moved)
+    files = sorted((tmp_path / "demo" / "rl-logic" / "rollouts").iterdir())[1:]
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    gaps = [
+        abs(a - b)
+        for row in rows
+        if row["fate"] == "trained"
+        for a, b in zip(row["engine_logprobs"], row["learner_logprobs"], strict=True)
+    ]
+    assert gaps and max(gaps) < 0.05, "engines have the merged weights"
 
 
 def test_a_killed_rollout_actor_is_replaced(finished: Path, tmp_path: Path) -> None:
