@@ -121,7 +121,7 @@ class Cluster:
                 address = self.wait([actors[0].address.remote()], "learner.address")
                 places = [Place(rank=rank, size=size, address=address) for rank in range(size)]
                 joined = [
-                    actor.join.remote(place, self.device, cluster.step_timeout_s)
+                    actor.join.remote(place, self.device, cluster.step_timeout_s, cluster.sharding.context)
                     for actor, place in zip(actors, places, strict=True)
                 ]
                 self.wait(joined, "learner.join")
@@ -238,9 +238,9 @@ class _LearnerActor:
             free.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    def join(self, place: Place, device: str, timeout_s: float) -> None:
+    def join(self, place: Place, device: str, timeout_s: float, context: int) -> None:
         """Become a rank."""
-        self._group = Group(place, device=device, timeout_s=timeout_s)
+        self._group = Group(place, device=device, timeout_s=timeout_s, context=context)
 
     def start(self, setup: Setup) -> str:
         """A new learner; returns which kernels it runs."""

@@ -368,6 +368,8 @@ class Sharding(Model):
 
     ranks: int = Field(1, ge=1)
     """Learner processes. 1 trains without any wrapper."""
+    context: int = Field(1, ge=1)
+    """Ranks that share each batch, a part of its tokens each; more for sequences too long for one."""
     reshard: bool = True
     """Give a layer's whole weights up after its forward pass and collect them again backward; false is faster and
     keeps the whole model on every rank during a step."""
@@ -385,6 +387,8 @@ class Sharding(Model):
                 raise ValueError(
                     f"{name} = true with ranks = 1: one process has no shards; set ranks = 2 or more"
                 )
+        if self.ranks % self.context:
+            raise ValueError(f"context = {self.context} does not divide ranks = {self.ranks}")
         return self
 
 

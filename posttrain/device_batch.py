@@ -3,7 +3,7 @@
 Shape letters: T tokens of a batch, S sequences in it, M valid (predicted) tokens, N layers, K kept entries, E experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posttrain.logprob import KeptIds
 from posttrain.schema import Batch
+from posttrain.sharing import Part
 
 
 @dataclass(slots=True)
@@ -29,6 +30,19 @@ class DeviceBatch:
     experts_NTE: Tensor | None
     kept_NTK: Tensor | None
     kept_ids: KeptIds | None
+
+    def cut(self, part: Part) -> "DeviceBatch":
+        """The tokens that a rank runs and the valid ones predicted from them; weights and sequences stay whole."""
+        own_T, own_M = slice(part.begin, part.end), slice(part.first, part.last)
+        return replace(
+            self,
+            tokens_T=self.tokens_T[own_T],
+            at_M=self.at_M[own_M] - part.begin,
+            targets_M=self.targets_M[own_M],
+            experts_NTE=None if self.experts_NTE is None else self.experts_NTE[:, own_T],
+            kept_NTK=None if self.kept_NTK is None else self.kept_NTK[:, own_T],
+            kept_ids=None if self.kept_ids is None else self.kept_ids.part(part.first, part.last),
+        )
 
 
 def on_device(batch: Batch, device: str) -> DeviceBatch:

@@ -2,8 +2,8 @@
 
 Every rank is handed all batches of a step and picks its own, so that all know the totals that losses are divided by
 before the first forward pass. Gradients are *summed* over ranks: the weights of the tokens are those of the whole step
-(packing.py). Left out: ranks that share a sequence, and experts that are not on every rank. One rank alone
-has no group, and none of this runs. Next: learner.py.
+(packing.py). Several ranks may share each batch (sharing.py). Left out: experts that are not on every rank. One rank
+alone has no group, and none of this runs. Next: learner.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from posttrain.config import Sharding
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.schema import Batch
+from posttrain.sharing import Sharing
 
 Value = TypeVar("Value")
 
@@ -54,8 +55,11 @@ class Pass:
 class Group:
     """This process among the ranks of a learner."""
 
-    def __init__(self, place: Place, *, device: str, timeout_s: float) -> None:
-        """Meet the others; they must come within timeout_s, as to everything they do together."""
+    def __init__(self, place: Place, *, device: str, timeout_s: float, context: int = 1) -> None:
+        """Meet the others; they must come within timeout_s, as to everything they do together.
+
+        `context` ranks next to each other share their batches.
+        """
         self.rank, self.size = place.rank, place.size
         backend, timeout = (
             ("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"),
@@ -67,6 +71,22 @@ class Group:
         self._mesh: DeviceMesh = init_device_mesh(device, (place.size,))
         # Objects and snapshots go by the CPU, and a snapshot's thread must not meet what training says.
         self._objects, self.snapshots = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+
+        self.sharing: Sharing | None = None
+        if context > 1:
+            blocks = [list(range(first, first + context)) for first in range(0, place.size, context)]
+            groups = [dist.new_group(block, timeout=timeout) for block in blocks]  # each asks all ranks
+            self.sharing = Sharing(groups[place.rank // context], place.rank % context, context)
+        self._context = context
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's figures of a batch count: of those that share one, the first's."""
+        return self.sharing is None or self.sharing.index == 0
+
+    def passes(self, batches: Sequence[Batch]) -> list[Pass]:
+        """The batches that this rank, or those it shares them with, run."""
+        return passes(batches, self.rank // self._context, self.size // self._context)
 
     def close(self) -> None:
         """Leave; the process may join another group afterwards."""

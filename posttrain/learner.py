@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from posttrain import config, diagnosis, logprob, loss, training_state
 from posttrain.device_batch import DeviceBatch, on_device
-from posttrain.group import Group, Pass, Value, in_order, passes, total, whole
+from posttrain.group import Group, Pass, Value, in_order, total, whole
 from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint, lora
-from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
+from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext, PartContext
 from posttrain.model.moe import update_bias
 from posttrain.optimizer import Optimizers
 from posttrain.schema import Batch
@@ -88,6 +89,8 @@ class Learner:
     def __init__(self, setup: Setup, group: Group | None = None) -> None:
         torch.manual_seed(setup.seed)
         self.setup, self.group = setup, group
+        self._sharing = None if group is None else group.sharing
+        self._counts = group is None or group.counts
         dtype = getattr(torch, setup.dtype)
         self.model = checkpoint.load(
             setup.checkpoint,
@@ -154,7 +157,7 @@ class Learner:
             if each.index is not None:
                 seen[each.index] = policy[0].detach().cpu().numpy()
                 for name, value in figures.items():
-                    sums[name] += float(value) / valid
+                    sums[name] += self._counts * float(value) / valid
             self._backward(objective, objective, each, context, sums, share=self._share(batches))
         return self._finish(sums, batches), self._in_order(seen)
 
@@ -248,19 +251,26 @@ class Learner:
     def _passes(self, batches: Sequence[Batch]) -> list[Pass]:
         if self.group is None:
             return [Pass(batch, i) for i, batch in enumerate(batches)]
-        return passes(batches, self.group.rank, self.group.size)
+        return self.group.passes(batches)
 
     def _in_order(self, found: dict[int, Value]) -> list[Value]:
         return in_order([found] if self.group is None else self.group.collect(found))
 
     def _context(self, tensors: DeviceBatch, indexer_loss: IndexerLoss = "none") -> PackedContext:
         """The one way to run a batch: policy, old policy and reference replay the same choices."""
-        context = PackedContext(
-            attention=self.setup.attention,
-            backend=self.backend,
-            indexer_loss=indexer_loss,
-            cu_seqlens_S=tensors.cu_seqlens_S,
-        )
+        common: dict[str, Any] = {
+            "attention": self.setup.attention,
+            "backend": self.backend,
+            "indexer_loss": indexer_loss,
+            "cu_seqlens_S": tensors.cu_seqlens_S,
+        }
+        if self._sharing is None:
+            context = PackedContext(**common)
+        else:
+            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
+            tensors = tensors.cut(part)
+            gather = partial(self._sharing.keys, part=part)
+            context = PartContext(**common, begin=part.begin, end=part.end, gather=gather)
         if tensors.kept_NTK is not None:
             context.replay_kept = dict(enumerate(tensors.kept_NTK))
         if tensors.experts_NTE is not None:
@@ -322,15 +332,23 @@ class Learner:
         *,
         with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and, if wanted, entropies [M]."""
+        """Log-probs and, if wanted, entropies [M], of the whole batch also where ranks share it."""
+        part = None
+        if isinstance(context, PartContext):
+            assert self._sharing is not None, "the context is from _context"
+            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
+            tensors = tensors.cut(part)
 
         def read(x_MD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor | None]:
             given = (tensors.targets_M, temperature, tensors.kept_ids)
             limit = self.setup.max_logits
             return logprob.head_logprobs(x_MD, head_VD, *given, with_entropy=with_entropy, max_logits=limit)
 
-        found: tuple[Tensor, Tensor | None] = model(tensors.tokens_T, context, tensors.at_M, read)
-        return found
+        logp_M, entropy_M = model(tensors.tokens_T, context, tensors.at_M, read)
+        if part is not None and self._sharing is not None:
+            logp_M = self._sharing.valid(logp_M, part)
+            entropy_M = None if entropy_M is None else self._sharing.valid(entropy_M, part)
+        return logp_M, entropy_M
 
     @torch.no_grad()
     def _reference_logprobs(self, tensors: DeviceBatch, temperature: float) -> Tensor | None:
@@ -358,7 +376,7 @@ class Learner:
     ) -> None:
         """Add the gradients of total and of the indexers' KL; `shown` is the loss in the figures."""
         value = float(shown.detach())
-        sums["loss"] += value
+        sums["loss"] += self._counts * value
         if not math.isfinite(value):
             self._nonfinite_ids.extend(each.batch.ids)
         if each.index is None:

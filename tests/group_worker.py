@@ -1,12 +1,13 @@
 """What one learner and several ranks must do alike: the same cases by either, each giving tensors to compare.
 
-    python tests/group_worker.py RANK SIZE PORT CHECKPOINT OUT [CASE ...]
+    python tests/group_worker.py RANK SIZE PORT CHECKPOINT OUT CONTEXT [CASE ...]
 
 Rank 0 leaves the results in OUT/<case>.pt.
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from posttrain import config, packing
 from posttrain.group import Group, Place, whole
 from posttrain.learner import Learner, Setup
 from posttrain.muon import Muon
-from posttrain.schema import Batch
+from posttrain.schema import Batch, SamplingMask
 
 Found = dict[str, torch.Tensor]
 BOTH = frozenset({"model", "indexer"})
@@ -35,10 +36,27 @@ def learner(path: Path, group: Group | None, **changes: Any) -> Learner:
         "train": frozenset({"model"}),
     }
     sharding = {"ranks": 1 if group is None else group.size} | changes.pop("sharding", {})
+    if group is not None and group.sharing is not None:
+        sharding["context"] = group.sharing.size
     return Learner(Setup(**(fields | changes), sharding=config.Sharding(**sharding)), group)
 
 
-def batches(limit: int, *, order: int = 1, seed: int = 0) -> list[Batch]:
+def _recorded(length: int, rng: np.random.Generator) -> dict[str, Any]:
+    """What an engine could have recorded: the last seven entries, random experts, random sets of half the tokens."""
+    query_L1, back_7 = np.arange(length - 1)[:, None], np.arange(7)
+    kept_LK = np.where(back_7 <= query_L1, np.maximum(query_L1 - 6, 0) + back_7, -1)
+    experts = np.argsort(rng.random((2, length - 1, 4)), axis=-1)[..., :2]
+    return {"kept": np.tile(kept_LK, (3, 1, 1)).astype(np.int16), "experts": experts.astype(np.int16)}
+
+
+def _cut(tokens: np.ndarray[Any, Any], rng: np.random.Generator) -> SamplingMask:
+    sets = [np.union1d(rng.choice(214, 5), [token]) if rng.random() < 0.5 else [] for token in tokens]
+    return SamplingMask(
+        counts=np.array([len(ids) for ids in sets], np.int32), ids=np.concatenate(sets).astype(np.int32)
+    )
+
+
+def batches(limit: int, *, order: int = 1, seed: int = 0, keep: bool = False) -> list[Batch]:
     """Nine samples of many lengths, packed; with engine log-probs far enough off to be clipped."""
     rng = np.random.default_rng(seed)
     samples = [
@@ -53,6 +71,10 @@ def batches(limit: int, *, order: int = 1, seed: int = 0) -> list[Batch]:
         )
         for i in range(9)
     ][::order]
+    if keep:
+        samples = [
+            replace(s, sampling_mask=_cut(s.tokens, rng), **_recorded(len(s.tokens), rng)) for s in samples
+        ]
     return packing.pack(samples, packing.token_weights(samples, "sequence", 3), tokens_per_batch=limit)
 
 
@@ -88,15 +110,23 @@ def _figures(figures: dict[str, float]) -> Found:
     return {f"figure/{name}": torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
 
 
-def gradients(path: Path, group: Group | None, limit: int = 100_000, order: int = 1, **changes: Any) -> Found:
+def gradients(
+    path: Path,
+    group: Group | None,
+    limit: int = 100_000,
+    order: int = 1,
+    keep: bool = False,
+    policy: Any = "grpo",
+    **changes: Any,
+) -> Found:
     """A GRPO step with a KL, an entropy bonus and the off-policy mask, then its update by SGD."""
     made = learner(
         path, group, reference=True, train=BOTH, indexer_loss="sparse", balance_speed=0.01, **changes
     )
     seen = watch(made)
     use_sgd(made)
-    settings = config.Loss(entropy_coef=0.01, offpolicy_delta=0.3)
-    given = batches(limit, order=order)
+    settings = config.Loss(policy=policy, entropy_coef=0.01, offpolicy_delta=0.3)
+    given = batches(limit, order=order, keep=keep)
     figures, logprobs = made.grpo_step(given, settings, 0.8)
     by_id = {}
     for batch, logp_M in zip(given, logprobs, strict=True):
@@ -201,6 +231,8 @@ CASES: dict[str, Callable[..., Found]] = {
     "another order": lambda *a: gradients(*a, limit=60, order=-1),
     "whole layers": lambda *a: gradients(*a, limit=60, sharding={"reshard": False}),
     "recomputed": lambda *a: gradients(*a, limit=60, sharding={"recompute": True}),
+    "kept": lambda *a: gradients(*a, limit=60, keep=True, max_logits=9 * 214),
+    "gspo": lambda *a: gradients(*a, limit=60, policy="gspo"),
     "warm-up": warmup,
     "warm-up, recomputed": lambda *a: warmup(*a, sharding={"recompute": True}),
     "adamw": training,
@@ -213,11 +245,11 @@ CASES: dict[str, Callable[..., Found]] = {
 """By path and group."""
 
 
-def main(rank: str, size: str, port: str, path: str, out: str, *names: str) -> None:
-    """Run the cases as one rank."""
+def main(rank: str, size: str, port: str, path: str, out: str, context: str, *names: str) -> None:
+    """Run the cases as one rank; with context > 1 the ranks share their batches."""
     torch.set_num_threads(1)
     place = Place(rank=int(rank), size=int(size), address=f"tcp://127.0.0.1:{port}")
-    group = Group(place, device="cpu", timeout_s=60)
+    group = Group(place, device="cpu", timeout_s=60, context=int(context))
     results: dict[str, Found] = {name: CASES[name](Path(path), group) for name in names or CASES}
     if not names:
         results["snapshot"] = snapshot(Path(path), group, Path(out, "by-two"))

@@ -281,11 +281,11 @@ def test_a_killed_stage_goes_on_from_its_snapshot(finished: Path, tmp_path: Path
 def test_adapters_on_two_ranks_train_a_specialist(finished: Path, tmp_path: Path) -> None:
     """rl under Ray with everything that several ranks do: rollouts from collected weights, a reference, a checkpoint."""
     shutil.copytree(finished, tmp_path / "demo")
-    stage = {"lora": "{rank = 4}", "mix": "{logic = {kl_coef = 0.1}}", "steps": 3, "evaluate": "false"}
-    flags = [word for k, v in stage.items() for word in ("--set", f"stages.rl-logic.{k}={v}")]
-    done = _run(tmp_path, "--only", "rl-logic", "--set", "cluster.sharding.ranks=2", *flags)
+    stage = {"lora": "{rank = 4}", "mix": "{align = {kl_coef = 0.1}}", "steps": 3, "evaluate": "false"}
+    flags = [word for k, v in stage.items() for word in ("--set", f"stages.rl-align.{k}={v}")]
+    done = _run(tmp_path, "--only", "rl-align", "--set", "cluster.sharding.ranks=2", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    before, after = (checkpoint.load(tmp_path / "demo" / s).state_dict() for s in ("sparse", "rl-logic"))
+    before, after = (checkpoint.load(tmp_path / "demo" / s).state_dict() for s in ("sparse", "rl-align"))
     moved = {
         name.rpartition(".")[0].rpartition(".")[2]
         for name in before
@@ -293,7 +293,7 @@ def test_adapters_on_two_ranks_train_a_specialist(finished: Path, tmp_path: Path
     }
     assert {"q_a_proj", "kv_b_proj", "down_proj"} <= moved
     assert not any("norm" in name or "indexer" in name or "embed" in name for name in moved)
-    files = sorted((tmp_path / "demo" / "rl-logic" / "rollouts").iterdir())[1:]
+    files = sorted((tmp_path / "demo" / "rl-align" / "rollouts").iterdir())[1:]
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     gaps = [
         abs(a - b)
