@@ -188,6 +188,16 @@ def matrices(_: Path, group: Group | None) -> Found:
     return found
 
 
+def triton(path: Path, group: Group | None, backend: str = "triton", **changes: Any) -> Found:
+    """One small LM step of everything on Triton's interpreter, which is slow."""
+    made = learner(path, group, train=BOTH, indexer_loss="sparse", backend=backend, **changes)
+    seen = watch(made)
+    samples = [tiny.sample(str(i), 10 + i, seed=i) for i in range(2)]
+    given = packing.pack(samples, packing.token_weights(samples, "token", 1), tokens_per_batch=99)
+    figures = made.lm_step(given)
+    return {f"grad/{name}": gradient for name, gradient in seen.items()} | _figures(figures)
+
+
 def snapshot(path: Path, group: Group | None, folder: Path) -> Found:
     """Two steps, a snapshot, two steps more."""
     made = learner(path, group, train=BOTH, indexer_loss="sparse", optimizer=config.Optimizer(lr=1e-3))
@@ -250,7 +260,8 @@ def main(rank: str, size: str, port: str, path: str, out: str, context: str, *na
     torch.set_num_threads(1)
     place = Place(rank=int(rank), size=int(size), address=f"tcp://127.0.0.1:{port}")
     group = Group(place, device="cpu", timeout_s=60, context=int(context))
-    results: dict[str, Found] = {name: CASES[name](Path(path), group) for name in names or CASES}
+    cases = CASES | {"triton": triton}
+    results: dict[str, Found] = {name: cases[name](Path(path), group) for name in names or CASES}
     if not names:
         results["snapshot"] = snapshot(Path(path), group, Path(out, "by-two"))
         results["goes on"] = goes_on(Path(path), group, Path(out, "by-one"))

@@ -200,6 +200,18 @@ def test_ranks_that_share_their_batches_are_one_learner(
 
 
 @pytest.mark.slow
+def test_kernels_of_shared_batches_and_recomputed_layers_are_those_of_torch(tmp_path: Path) -> None:
+    """The KL of the indexer is known in the backward pass alone there: its figure must be that of the first pass."""
+    path = tiny.sparse_checkpoint(tmp_path / "one-layer", num_hidden_layers=1)
+    expected = group_worker.triton(path, None, backend="torch")
+    found = _launch(path, tmp_path, size=2, context=2, names=["triton"])["triton"]
+    again = group_worker.triton(path, None, sharding={"recompute": True})
+    assert float(expected["figure/indexer_kl"]) > 0
+    for ours in (found, again):
+        _assert_alike(ours, expected, limit=2e-5)
+
+
+@pytest.mark.slow
 def test_muon_on_shards_is_muon_to_the_bit(path: Path, two: tuple[Path, dict[str, Found]]) -> None:
     expected = _one(path, "matrices")
     assert len(expected) == 4
