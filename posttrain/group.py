@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -23,7 +22,6 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 
 from posttrain.config import Sharding
 from posttrain.model.arch import DeepseekV32ForCausalLM
@@ -61,17 +59,14 @@ class Group:
         `context` ranks next to each other share their batches.
         """
         self.rank, self.size = place.rank, place.size
-        backend, timeout = (
-            ("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"),
-            timedelta(seconds=timeout_s),
-        )
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
             backend, init_method=place.address, rank=place.rank, world_size=place.size, timeout=timeout
         )
         self._mesh: DeviceMesh = init_device_mesh(device, (place.size,))
         # Objects and snapshots go by the CPU, and a snapshot's thread must not meet what training says.
         self._objects, self.snapshots = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-
         self.sharing: Sharing | None = None
         if context > 1:
             blocks = [list(range(first, first + context)) for first in range(0, place.size, context)]
@@ -142,11 +137,6 @@ def total(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
     """The sum of every figure (or tensor) over the ranks, by name."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part[name] for part in parts if name in part) for name in names}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor from all its shards; every rank must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _weightless(batch: Batch) -> Batch:

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from posttrain import config, diagnosis, logprob, loss, training_state
 from posttrain.device_batch import DeviceBatch, on_device
-from posttrain.group import Group, Pass, Value, in_order, total, whole
+from posttrain.group import Group, Pass, Value, in_order, total
 from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint, lora
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext, PartContext
 from posttrain.model.moe import update_bias
 from posttrain.optimizer import Optimizers
 from posttrain.schema import Batch
+from posttrain.shards import whole
 
 Figures = dict[str, float]
 
@@ -396,9 +397,10 @@ class Learner:
 
     def _finish(self, sums: defaultdict[str, float], batches: Sequence[Batch]) -> Figures:
         if self.group is not None:
-            known = self.group.collect((dict(sums), self._load, self._nonfinite_ids))
+            load = {layer: load_X.cpu() for layer, load_X in self._load.items()}
+            known = self.group.collect((dict(sums), load, self._nonfinite_ids))
             sums.update(total([figures for figures, _, _ in known]))
-            self._load = total([load for _, load, _ in known])
+            self._load = total([part for _, part, _ in known])
             self._nonfinite_ids = [id for _, _, ids in known for id in ids]
         figures = dict(sums) | self.optimizers.step(finite=math.isfinite(sums["loss"]))
         self._count_nonfinite("nonfinite" in figures, batches)

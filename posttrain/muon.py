@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+
+from posttrain.shards import own_part, whole
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 """The quintic of Keller Jordan's Muon: steepest at zero, and within [0.7, 1.2] after five steps."""
@@ -39,7 +40,7 @@ class Muon(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        direction = _like(orthogonal(_whole(gradient.lerp(momentum, group["momentum"]))), parameter)
+        direction = own_part(orthogonal(whole(gradient.lerp(momentum, group["momentum"]))), parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
@@ -54,15 +55,3 @@ def orthogonal(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.T if tall else x
-
-
-def _whole(matrix: Tensor) -> Tensor:
-    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
-
-
-def _like(matrix: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a matrix that every rank has; nothing is sent."""
-    if not isinstance(parameter, DTensor):
-        return matrix
-    everywhere = DTensor.from_local(matrix, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
-    return everywhere.redistribute(placements=parameter.placements)

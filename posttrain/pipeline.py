@@ -152,7 +152,7 @@ def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
             store.commit(origin, ledger.attempt)
     except BaseException as error:
         line = _explain(error, store.path)
-        if newest(out, origin, metrics.say) is None:
+        if not snapshots.exist:
             store.discard(unit.name)
         if line is None:
             raise

@@ -79,12 +79,18 @@ class Snapshots:
         self._when = time.monotonic()
         self._learner: _Learner | None = None
         self._step = 0
+        self._threads = ThreadPoolExecutor(max_workers=1)
         self._sealing: Future[None] | None = None
 
     @property
     def first_step(self) -> int:
         """Where the stage begins: 0, or after the snapshot."""
         return 0 if self.last is None else self.last.step
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is one to go on from, whole or not."""
+        return any(self._folder.glob(f"{_STEP}*"))
 
     def restore(self, learner: _Learner) -> dict[str, Any] | None:
         """Bring the learner to where the snapshot was taken; what the stage has to remember, None without one."""
@@ -96,7 +102,7 @@ class Snapshots:
     def due(self, step: int) -> bool:
         """Whether to take one now that `step` steps are done; to be asked after every step."""
         if self._learner is not None and self._sealing is None and self._learner.call("snapshot_written"):
-            self._sealing = ThreadPoolExecutor(max_workers=1).submit(self._seal)
+            self._sealing = self._threads.submit(self._seal)
         if step == self.first_step:
             return False
         every_steps = self._cfg.every_steps and step % self._cfg.every_steps == 0

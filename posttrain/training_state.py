@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
 from posttrain import disk
 from posttrain.optimizer import Optimizers
+from posttrain.shards import whole
 
 _COUNTERS = "counters.json"
 
@@ -109,9 +109,9 @@ def digest(model: nn.Module, optimizers: Optimizers) -> str:
     """sha256 of all that trains, moments and buffers included, by name: equal for equal bits on any number of ranks."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors(model, optimizers).items()):
-        values = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        values = whole(tensor).detach()
         total.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        total.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

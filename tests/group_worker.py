@@ -17,10 +17,11 @@ import torch
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from posttrain import config, packing
-from posttrain.group import Group, Place, whole
+from posttrain.group import Group, Place
 from posttrain.learner import Learner, Setup
 from posttrain.muon import Muon
 from posttrain.schema import Batch, SamplingMask
+from posttrain.shards import whole
 
 Found = dict[str, torch.Tensor]
 BOTH = frozenset({"model", "indexer"})

@@ -61,15 +61,7 @@ def run(stage: config.Rl, job: Job) -> Result:
     )
 
 
-_KEPT = (
-    "reward",
-    "signal",
-    "mean_tokens",
-    "generate_s",
-    "score_s",
-    "train_s",
-    "logprob_gap",
-)
+_KEPT = ("reward", "signal", "mean_tokens", "generate_s", "score_s", "train_s", "logprob_gap")
 
 
 @dataclass(slots=True)
