@@ -7,6 +7,8 @@ updates it. Next: arch.py.
 Shape letters: T tokens, D hidden, X experts, E experts chosen per token.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,8 @@ class DsaMoE(hf.DeepseekV32MoE):
     """Routed plus shared experts on packed tokens."""
 
     layer_idx: int
+    run: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    """What runs the routed experts where not all of them are here; None: they are."""
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:  # type: ignore[override]  # needs the context
         """[T, D] -> [T, D]; leaves the chosen experts and the load in the context's record."""
@@ -35,7 +39,7 @@ class DsaMoE(hf.DeepseekV32MoE):
         record.experts_TE = experts_TE
         record.load_X = torch.bincount(experts_TE.reshape(-1), minlength=self.gate.num_experts)
         # Few tokens, as in generation, cost least in one batched product; many, as in training, one by one.
-        run = run_padded if torch.is_inference_mode_enabled() else run_each
+        run = self.run or (run_padded if torch.is_inference_mode_enabled() else run_each)
         gate_up, down = (w.transpose(1, 2) for w in (self.experts.gate_up_proj, self.experts.down_proj))
         routed_TD = run(x_TD, experts_TE, weights_TE, gate_up, down)
         return routed_TD + self.shared_experts(x_TD)  # type: ignore[no-any-return]  # nn.Module call

@@ -375,6 +375,9 @@ class Sharding(Model):
     keeps the whole model on every rank during a step."""
     mixed_precision: bool = False
     """Parameters, sums of gradients and moments in fp32, products in cluster.dtype. Twice the memory for weights."""
+    spread_experts: bool = False
+    """Each rank keeps a share of the routed experts whole and tokens travel to them, instead of collecting all experts
+    of a layer on every rank; pays where they are most of the model."""
     offload: bool = False
     """Parameters and moments wait in host memory; slow, for models that do not fit otherwise. Needs a GPU."""
     recompute: bool = False
@@ -382,7 +385,7 @@ class Sharding(Model):
 
     @model_validator(mode="after")
     def _only_for_several(self) -> Self:
-        for name in ("mixed_precision", "offload"):
+        for name in ("mixed_precision", "spread_experts", "offload"):
             if self.ranks == 1 and getattr(self, name):
                 raise ValueError(
                     f"{name} = true with ranks = 1: one process has no shards; set ranks = 2 or more"

@@ -2,8 +2,8 @@
 
 Every rank is handed all batches of a step and picks its own, so that all know the totals that losses are divided by
 before the first forward pass. Gradients are *summed* over ranks: the weights of the tokens are those of the whole step
-(packing.py). Several ranks may share each batch (sharing.py). Left out: experts that are not on every rank. One rank
-alone has no group, and none of this runs. Next: learner.py.
+(packing.py). Several ranks may share each batch (sharing.py), and experts may stay where they are (dispatch.py). One
+rank alone has no group, and none of this runs. Next: learner.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
 )
 
 from posttrain.config import Sharding
+from posttrain.dispatch import spread_experts
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.schema import Batch
 from posttrain.sharing import Sharing
@@ -93,6 +94,7 @@ class Group:
             "mesh": self._mesh,
             "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if settings.offload else OffloadPolicy(),
+            "ignored_params": spread_experts(model, self._mesh) if settings.spread_experts else None,
         }
         for layer in model.model.layers:
             fully_shard(layer, reshard_after_forward=settings.reshard, **common)

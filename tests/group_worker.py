@@ -37,6 +37,8 @@ def learner(path: Path, group: Group | None, **changes: Any) -> Learner:
         "train": frozenset({"model"}),
     }
     sharding = {"ranks": 1 if group is None else group.size} | changes.pop("sharding", {})
+    if group is None:
+        sharding.pop("spread_experts", None)
     if group is not None and group.sharing is not None:
         sharding["context"] = group.sharing.size
     return Learner(Setup(**(fields | changes), sharding=config.Sharding(**sharding)), group)
@@ -149,9 +151,11 @@ def warmup(path: Path, group: Group | None, **changes: Any) -> Found:
     return {f"grad/{name}": gradient for name, gradient in seen.items()} | _figures(figures)
 
 
-def training(path: Path, group: Group | None, **changes: Any) -> Found:
+def training(path: Path, group: Group | None, sgd: bool = False, **changes: Any) -> Found:
     """Three LM steps of everything, evaluations between them."""
     made = learner(path, group, train=BOTH, indexer_loss="sparse", balance_speed=0.01, **changes)
+    if sgd:
+        use_sgd(made)
     for seed in range(3):
         figures = made.lm_step(batches(150, seed=seed))
         logprobs = made.logprobs(batches(60, seed=9))
@@ -199,9 +203,10 @@ def triton(path: Path, group: Group | None, backend: str = "triton", **changes: 
     return {f"grad/{name}": gradient for name, gradient in seen.items()} | _figures(figures)
 
 
-def snapshot(path: Path, group: Group | None, folder: Path) -> Found:
+def snapshot(path: Path, group: Group | None, folder: Path, **changes: Any) -> Found:
     """Two steps, a snapshot, two steps more."""
-    made = learner(path, group, train=BOTH, indexer_loss="sparse", optimizer=config.Optimizer(lr=1e-3))
+    optimizer = config.Optimizer(lr=1e-3)
+    made = learner(path, group, train=BOTH, indexer_loss="sparse", optimizer=optimizer, **changes)
     for seed in range(2):
         made.lm_step(batches(150, seed=seed))
     if group is None or group.rank == 0:
@@ -234,6 +239,7 @@ def saved(path: Path, group: Group | None, folder: Path) -> Found:
     return weights(made)
 
 
+SPREAD = {"spread_experts": True}
 MUON = {"optimizer": config.Optimizer(kind="muon", lr=1e-2)}
 BF16 = {"dtype": "bfloat16"}
 CASES: dict[str, Callable[..., Found]] = {
@@ -241,6 +247,9 @@ CASES: dict[str, Callable[..., Found]] = {
     "micro-batches": lambda *a: gradients(*a, limit=60),
     "another order": lambda *a: gradients(*a, limit=60, order=-1),
     "whole layers": lambda *a: gradients(*a, limit=60, sharding={"reshard": False}),
+    "spread experts": lambda *a: gradients(*a, limit=60, sharding=SPREAD),
+    "spread and recomputed": lambda *a: gradients(*a, limit=60, sharding=SPREAD | {"recompute": True}),
+    "spread, three steps": lambda *a: training(*a, sgd=True, sharding=SPREAD),
     "recomputed": lambda *a: gradients(*a, limit=60, sharding={"recompute": True}),
     "kept": lambda *a: gradients(*a, limit=60, keep=True, max_logits=9 * 214),
     "gspo": lambda *a: gradients(*a, limit=60, policy="gspo"),
@@ -265,6 +274,7 @@ def main(rank: str, size: str, port: str, path: str, out: str, context: str, *na
     results: dict[str, Found] = {name: cases[name](Path(path), group) for name in names or CASES}
     if not names:
         results["snapshot"] = snapshot(Path(path), group, Path(out, "by-two"))
+        results["spread"] = snapshot(Path(path), group, Path(out, "by-two-spread"), sharding=SPREAD)
         results["goes on"] = goes_on(Path(path), group, Path(out, "by-one"))
         results["saved"] = saved(Path(path), group, Path(out, "checkpoint"))
     if group.rank == 0:

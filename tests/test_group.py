@@ -22,7 +22,7 @@ from posttrain.muon import Muon, orthogonal
 
 ROOT = Path(__file__).parents[1]
 FP32 = [name for name in CASES if name not in ("matrices", "bf16", "mixed precision")]
-LIMITS = {"muon": 1e-3, "adamw": 1e-5, "adapters": 1e-5}
+LIMITS = {"muon": 1e-3, "adamw": 1e-5, "adapters": 1e-5, "spread, three steps": 1e-5}
 """Cases of several updates, where the last bit of a gradient grows; Muon rounds to bf16 on its way."""
 
 
@@ -94,9 +94,11 @@ def test_recomputed_layers_run_twice_and_give_the_same_bits(tmp_path: Path) -> N
 
 
 def test_options_of_several_ranks_are_refused_for_one(tmp_path: Path) -> None:
-    for name in ("mixed_precision", "offload"):
+    for name in ("mixed_precision", "spread_experts", "offload"):
         with pytest.raises(ValueError, match=f"{name} = true with ranks = 1"):
             config.Sharding.model_validate({name: True})
+    with pytest.raises(ValueError, match="context = 2 does not divide ranks = 3"):
+        config.Sharding(ranks=3, context=2)
     with pytest.raises(ValueError, match="on the CPU: parameters are in host memory as it is"):
         Setup(
             checkpoint=tmp_path,
@@ -147,7 +149,7 @@ def two(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     return out, _launch(path, out, size=2, context=1)
 
 
-SHARED = ("one batch", "micro-batches", "recomputed", "kept", "gspo", "warm-up", "adamw", "adapters")
+SHARED = ("one batch", "micro-batches", "recomputed", "kept", "gspo", "warm-up", "adapters", "spread experts")
 
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["2 of 2", "2 of 4"])
@@ -253,6 +255,8 @@ def test_a_snapshot_of_one_rank_goes_on_on_two_and_back(
     for found in (results["goes on"], back):
         ours, theirs = _joined(found, "weight"), _joined(results["snapshot"], "weight")
         assert len(ours) > 10_000 and (ours - theirs).norm() < 1e-6 * theirs.norm()
+    spread = group_worker.goes_on(path, None, out / "by-two-spread")
+    assert (_joined(spread, "weight") - _joined(results["spread"], "weight")).norm() < 1e-6 * theirs.norm()
     again = group_worker.goes_on(path, None, out / "by-one")
     assert (_joined(again, "weight") - _joined(back, "weight")).norm() < 1e-6 * theirs.norm()
 
