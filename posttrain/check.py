@@ -14,7 +14,7 @@ from typing import Any
 
 from posttrain import config
 from posttrain.config import Domain, Pretrain, Reward, Run
-from posttrain.rewards.base import Verdict, judge, load_reward, reference_rollout
+from posttrain.rewards.base import Verdict, judge, load_object, load_reward, reference_rollout
 from posttrain.schema import Task
 from posttrain.table import columns
 from posttrain.tasks import load_tasks
@@ -45,6 +45,8 @@ class RewardLine:
     """For the empty answer."""
     reference: float | None
     """For the task's reference answer as the whole text; None where the task has none."""
+    waits_for: tuple[str, ...] = ()
+    """Stages that have yet to make what it asks: it was loaded, not called."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,7 @@ def check(cfg: Run, *, config_only: bool = False) -> Report:
     for stage in cfg.stages:
         if isinstance(stage, Pretrain):
             _find_module(stage)
-    rewards = [line for domain in cfg.domains for line in _domain(domain, seed=cfg.seed)]
+    rewards = [line for domain in cfg.domains for line in _domain(domain, cfg)]
     return Report(cfg=cfg, stages=stages, rewards=tuple(rewards))
 
 
@@ -94,7 +96,7 @@ def as_text(report: Report) -> str:
     ]
     parts = [f"{report.cfg.name}: the recipe is valid", columns([head, *rows])]
     if report.rewards:
-        scores = [(r.domain, r.use, r.fn, _score(r.empty), _score(r.reference)) for r in report.rewards]
+        scores = [(r.domain, r.use, r.fn, *_scores(r)) for r in report.rewards]
         title = ("domain", "use", "function", "empty answer", "reference answer")
         parts.append(columns([title, *scores]))
     return "\n\n".join(parts)
@@ -112,23 +114,30 @@ def _stage_line(stage: config.Stage) -> StageLine:
     )
 
 
-def _domain(domain: Domain, *, seed: int) -> list[RewardLine]:
+def _domain(domain: Domain, cfg: Run) -> list[RewardLine]:
     where = f"domain {domain.name!r}"
     for name in ("tool", "environment", "demonstrate"):
         path = getattr(domain, name)
         if path is not None:
             _load(path, f"{where}: {name}")
-    tasks = load_tasks(domain.tasks, domain=domain.name, seed=seed, where=domain.where)
+    tasks = load_tasks(domain.tasks, domain=domain.name, seed=cfg.seed, where=domain.where)
     task = next(iter(tasks), None)
     if task is None:
         raise ValueError(f"{where}: {domain.tasks} has no task (where = {domain.where})")
     rewards = [("reward", reward) for reward in domain.rewards]
     rewards += [("passes", reward) for reward in domain.passes]
-    return [_try(reward, task, use=use) for use, reward in rewards]
+    return [_try(reward, task, cfg, use=use) for use, reward in rewards]
 
 
-def _try(reward: Reward, task: Task, *, use: str) -> RewardLine:
+def _try(reward: Reward, task: Task, cfg: Run, *, use: str) -> RewardLine:
     """Call a reward on a group of two answers: nothing, and the reference."""
+    missing = tuple(name for name in reward.stages if not (cfg.path / name).is_dir())
+    if missing:
+        load_object(reward.fn, "reward")
+        return RewardLine(
+            domain=task.domain, fn=reward.fn, use=use, empty=None, reference=None, waits_for=missing
+        )
+    reward = reward.resolved(cfg.path)
     function = load_reward(reward.fn, reward.args)
     nothing = replace(reference_rollout(task), text="", messages=({"role": "assistant", "content": ""},))
     rollouts = [nothing] if task.answer is None else [nothing, reference_rollout(task, 1)]
@@ -174,5 +183,8 @@ def _find_module(stage: Pretrain) -> None:
         )
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else json.dumps(value)
+def _scores(line: RewardLine) -> tuple[str, str]:
+    if line.waits_for:
+        return f"after {', '.join(line.waits_for)}", "-"
+    empty, reference = ("-" if value is None else json.dumps(value) for value in (line.empty, line.reference))
+    return empty, reference

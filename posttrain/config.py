@@ -4,14 +4,16 @@ A recipe is a TOML file; several files merge left to right, then `--set a.b=c`. 
 is the order of execution. Next: schema.py for the nouns, pipeline.py for how stages run.
 """
 
-import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from posttrain import overrides
+
+_STAGE = "stage://"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -34,7 +36,35 @@ class Reward(Model):
     """Seconds it may take for one rollout (a group, if it judges groups); then it is killed, and the rollout
     scores 0 if the reward can judge the reference answer."""
     args: dict[str, Any] = {}
-    """If given, the target is called with these keywords and returns the reward function."""
+    """If given, the target is called with these keywords and returns the reward function. A text "stage://NAME"
+    anywhere in it becomes the folder of that stage of the run: a judge that the recipe trains itself."""
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages whose checkpoints it asks."""
+        found: list[str] = []
+
+        def note(name: str) -> str:
+            found.append(name)
+            return name
+
+        _replaced(self.args, note)
+        return found
+
+    def resolved(self, run: Path) -> "Reward":
+        """The same with the folders of the run's stages."""
+        return self.model_copy(update={"args": _replaced(self.args, lambda name: str(run / name))})
+
+
+def _replaced(value: Any, of: Callable[[str], str]) -> Any:
+    """The value with of(NAME) in the place of every "stage://NAME" in it."""
+    if isinstance(value, dict):
+        return {key: _replaced(part, of) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_replaced(part, of) for part in value]
+    if isinstance(value, str) and value.startswith(_STAGE):
+        return of(value.removeprefix(_STAGE))
+    return value
 
 
 class Domain(Model):
@@ -61,6 +91,12 @@ class Domain(Model):
     """Tokens after the prompt at most, tool results included."""
     demonstrate: str | None = None
     """Import path of `fn(task, random.Random) -> messages`: demonstrations for pretraining."""
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages whose checkpoints its rewards ask."""
+        every = [name for reward in [*self.rewards, *self.passes] for name in reward.stages]
+        return list(dict.fromkeys(every))
 
     @model_validator(mode="after")
     def _tool_for_turns(self) -> Self:
@@ -119,16 +155,23 @@ class Arch(Model):
 
 
 class TextData(Model):
-    """Where language-model training reads from: demonstrations of the domains, or text."""
+    """Where language-model training reads from: text and chats, or demonstrations of the domains."""
 
     text: list[str] = []
-    """Paths (.jsonl, .parquet) or hf:// URIs of rows with a text column; empty: demonstrations."""
+    """Paths (.jsonl, .parquet), hf:// or py:// URIs of rows with a text column."""
     column: str = "text"
+    chats: list[str] = []
+    """The same of rows with a messages column. Text and chats empty: demonstrations."""
     seq_len: int = Field(4096, ge=2)
     """Text is cut into documents of at most this many tokens."""
     sequences_per_step: int = Field(48, ge=1)
     loss_on: Literal["all", "assistant"] = "all"
-    """Which tokens count in the LM loss."""
+    """Which tokens count in the LM loss; "assistant" takes text whole."""
+
+    @property
+    def files(self) -> list[str]:
+        """Everything it reads; empty: demonstrations."""
+        return [*self.text, *self.chats]
 
 
 class _Stage(Model):
@@ -491,8 +534,25 @@ class Run(Model):
                     )
             if isinstance(stage, Rl):
                 self._buffers_fit(stage)
+            if self._reads_domains(stage):
+                self._judges_known(stage, before)
             before.append(stage.name)
         return self
+
+    def _reads_domains(self, stage: Stage) -> bool:
+        demonstrations = isinstance(stage, Pretrain | Warmup | Sparse) and not stage.data.files
+        return stage.evaluate or demonstrations or isinstance(stage, Rl | Distill)
+
+    def _judges_known(self, stage: Stage, before: Sequence[str]) -> None:
+        for domain in self.domains:
+            for name in domain.stages:
+                if name not in before:
+                    every = [s.name for s in self.stages]
+                    why = "comes later; put it first" if name in every else "is no stage"
+                    raise ValueError(
+                        f"domain {domain.name!r}: a reward asks stage {name!r}, which {why} "
+                        f"(stage {stage.name!r} reads the domain)"
+                    )
 
     def _buffers_fit(self, stage: Rl) -> None:
         for name, part in stage.mix.items():
@@ -518,7 +578,7 @@ def is_path(source: str) -> bool:
     return "/" in source or "." in source or "://" in source
 
 
-def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Run:
+def load(files: Sequence[str | Path], settings: Sequence[str] = ()) -> Run:
     """Read and merge TOML files, apply `a.b=c` overrides, validate.
 
     Raises ValueError with one line per problem: where, what is wrong, what is allowed.
@@ -531,67 +591,13 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Run:
             raise ValueError(f"cannot read config {str(file)!r}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not valid TOML: {error}") from None
-        data = _merge(data, layer)
-    for override in overrides:
-        _apply(data, override)
+        data = overrides.merge(data, layer)
+    for setting in settings:
+        overrides.apply(data, setting)
     try:
         return Run.model_validate(data)
     except ValidationError as error:
-        raise ValueError("\n".join(_line(data, e) for e in error.errors())) from None
-
-
-def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables merge key by key; everything else, lists included, is replaced."""
-    merged = dict(base)
-    for key, value in layer.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c`; stages and domains are addressed by name: stages.warmup.steps=10."""
-    path, found, text = override.partition("=")
-    if not found or not path:
-        raise ValueError(f"--set {override}: write it as key.subkey=value")
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    *parents, last = path.split(".")
-    node: Any = data
-    for i, key in enumerate(parents):
-        if isinstance(node, list):
-            match = [item for item in node if isinstance(item, dict) and item.get("name") == key]
-            if not match:
-                raise ValueError(f"--set {override}: no {'.'.join(parents[:i])} named {key!r}")
-            node = match[0]
-        else:
-            node = node.setdefault(key, {})
-    if not isinstance(node, dict):
-        raise ValueError(f"--set {override}: {'.'.join(parents)} is not a table")
-    node[last] = value
-
-
-def _line(data: Mapping[str, Any], error: Any) -> str:
-    """One pydantic error as one line, with list items called by their name."""
-    node: Any = data
-    parts: list[str] = []
-    for key in error["loc"]:
-        if isinstance(node, list) and isinstance(key, int) and key < len(node):
-            node = node[key]
-            parts.append(str(node.get("name", key)) if isinstance(node, dict) else str(key))
-        elif isinstance(node, dict) and key in node:
-            node = node[key]
-            parts.append(str(key))
-        elif not (isinstance(node, dict) and node.get("kind") == key):  # the union's tag is no key
-            parts.append(str(key))
-    where = ".".join(parts) or "config"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key"
-    got = f" (got {json.dumps(error['input'], default=str)})" if not isinstance(error["input"], dict) else ""
-    return f"{where}: {message}{got}"
+        raise ValueError("\n".join(overrides.line(data, e) for e in error.errors())) from None
 
 
 def _unique(what: str, names: Sequence[str]) -> None:

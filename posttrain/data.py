@@ -48,8 +48,8 @@ def lm_stream(
     seed: int,
     heldout: bool = False,
 ) -> Iterator[Sample]:
-    """Samples of a language-model stage: the text it names, or else demonstrations."""
-    if data.text:
+    """Samples of a language-model stage: the text and chats it names, or else demonstrations."""
+    if data.files:
         samples = text.documents(data, tokenizer, heldout=heldout)
     else:
         samples = demonstrations(domains, tokenizer, seed=seed, heldout=heldout)

@@ -53,10 +53,16 @@ def open_domains(cfg: config.Run, names: Iterable[str] | None = None) -> dict[st
     """
     wanted = None if names is None else set(names)
     return {
-        domain.name: _open(domain.model_dump_json(), cfg.seed, cfg.cluster.reward_workers)
+        domain.name: _open(_resolved(domain, cfg).model_dump_json(), cfg.seed, cfg.cluster.reward_workers)
         for domain in cfg.domains
         if wanted is None or domain.name in wanted
     }
+
+
+def _resolved(domain: config.Domain, cfg: config.Run) -> config.Domain:
+    """The domain with the folders of the stages that its rewards ask."""
+    parts = {name: [r.resolved(cfg.path) for r in getattr(domain, name)] for name in ("rewards", "passes")}
+    return domain.model_copy(update=parts)
 
 
 @functools.cache  # the stages of a run share it: making 40,000 tasks takes seconds

@@ -69,7 +69,7 @@ def run(cfg: Run, *, only: str | None = None, until: str | None = None, dry_run:
     check_outside(cfg, units)
     store = Store(cfg.path)
     if dry_run:
-        above = ancestors(every, units[0]) if only is not None else []
+        above = ancestors(cfg, every, units[0]) if only is not None else []
         print(_table(_plan(cfg, [*above, *units], store), units))
         return
     with (
@@ -204,7 +204,7 @@ def _plan(cfg: Run, units: Sequence[Unit], store: Store) -> dict[str, str | None
     """Each unit's name and why it would run, in order; None = complete."""
     plan: dict[str, str | None] = {}
     for unit in units:
-        stale = [source for source in stage_sources(unit) if plan[source] is not None]
+        stale = [source for source in stage_sources(cfg, unit) if plan[source] is not None]
         plan[unit.name] = f"source {stale[0]} is to do" if stale else _why(cfg, unit, store)
     return plan
 
@@ -218,8 +218,8 @@ def _table(plan: dict[str, str | None], units: Sequence[Unit]) -> str:
 
 
 def _need_sources(driver: _Driver, every: Sequence[Unit], unit: Unit) -> None:
-    plan = _plan(driver.cfg, ancestors(every, unit), driver.store)
-    for source in stage_sources(unit):
+    plan = _plan(driver.cfg, ancestors(driver.cfg, every, unit), driver.store)
+    for source in stage_sources(driver.cfg, unit):
         if plan[source] is not None:
             raise ValueError(
                 f"--only {unit.name}: its source {source!r} is not complete ({plan[source]}); "
@@ -229,7 +229,7 @@ def _need_sources(driver: _Driver, every: Sequence[Unit], unit: Unit) -> None:
 
 def _space(driver: _Driver, unit: Unit) -> int:
     """Bytes a unit needs at the least: most stages write a checkpoint like the one they read."""
-    names = stage_sources(unit)
+    names = stage_sources(driver.cfg, unit)
     if isinstance(unit, EvaluateUnit | Distill) or not names:
         return _SPARE_BYTES
     return _SPARE_BYTES + sum(f.size for f in driver.store.manifest(names[0]).files)

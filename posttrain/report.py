@@ -177,7 +177,7 @@ def _state(cfg: Run, unit: Unit, store: Store, states: Mapping[str, str], attemp
     newest = attempts.get(unit.name, 0) <= manifest.attempt
     sources = all(
         states[source] == "done" and manifest.parents.get(source) == store.manifest_hash(source)
-        for source in stage_sources(unit)
+        for source in stage_sources(cfg, unit)
     )
     return "done" if fits and newest and sources else "outdated"
 

@@ -1,4 +1,4 @@
-"""Rows of .jsonl and .parquet files and hub sets, streamed, each with the place it comes from.
+"""Rows of .jsonl and .parquet files, hub sets and generators, streamed, each with the place it comes from.
 
 Next: tasks.py, text.py.
 """
@@ -9,24 +9,61 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from posttrain.rewards.base import load_object
+
 _ROWS_AT_ONCE = 1024
 
 
 def rows(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a .jsonl or .parquet file or an hf:// set, with where it stands ("file:line").
+    """Each row of a .jsonl or .parquet file, an hf:// set or a py:// generator, with where it stands ("file:line").
 
     hf://name?split=train&config=...&revision=...: a hub name or a local folder, streamed; question=...
-    and answer=... name the columns that hold them.
+    and answer=... name the columns that hold them. py://module:function?option=...: called with the options, gives dicts.
     Raises ValueError naming the line for anything that cannot be read.
     """
     if uri.startswith("hf://"):
         yield from _hub_rows(uri)
+    elif uri.startswith("py://"):
+        yield from _generated_rows(uri)
     elif uri.endswith(".parquet"):
         yield from _parquet_rows(Path(uri))
     elif uri.endswith(".jsonl"):
         yield from _json_rows(Path(uri))
     else:
-        raise ValueError(f"{uri!r}: expected a .jsonl or .parquet file or an hf:// set")
+        raise ValueError(f"{uri!r}: expected a .jsonl or .parquet file, an hf:// set or a py:// generator")
+
+
+def call(uri: str, what: str, **given: Any) -> Iterator[Any]:
+    """What the function of py://module:function?option=... yields, called with the options and what is given.
+
+    Raises ValueError if it does not load or does not take them.
+    """
+    path, _, query = uri.removeprefix("py://").partition("?")
+    function = load_object(path, what)
+    options = given | {key: option(text) for key, text in parse_qsl(query)}
+    try:
+        return iter(function(**options))
+    except TypeError as error:
+        raise ValueError(f"{what} {uri!r}: {error}") from error
+
+
+def option(text: str) -> int | float | bool | str:
+    """An option of a URI: a number or true/false where it reads as one."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _generated_rows(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(call(uri, "rows"), start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{uri}:{number}: expected a dict, got {type(row).__name__}")
+        yield f"{uri}:{number}", row
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -140,7 +140,7 @@ def _gym(uri: str, domain: str, seed: int) -> Iterator[Task]:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError(f"tasks {uri!r}: reasoning-gym is missing; pip install 'posttrain[tasks]'")
     gym.check_allowed(name)
-    options = {"seed": seed, **{key: _value(text) for key, text in parse_qsl(parts.query)}}
+    options = {"seed": seed, **{key: table_file.option(text) for key, text in parse_qsl(parts.query)}}
     try:
         entries: Iterable[Any] = _gym_dataset(name, options)
     except (TypeError, ValueError, AssertionError) as error:
@@ -171,26 +171,7 @@ def _gym_dataset(name: str, options: dict[str, Any]) -> Iterable[Any]:
 
 
 def _python(uri: str, seed: int) -> Iterator[Task]:
-    path, _, query = uri.removeprefix("py://").partition("?")
-    function = load_object(path, "tasks")
-    options = {key: _value(text) for key, text in parse_qsl(query)}
-    try:
-        found = iter(function(**{"seed": seed, **options}))
-    except TypeError as error:
-        raise ValueError(f"tasks {uri!r}: {error}") from error
-    for number, task in enumerate(found, start=1):
+    for number, task in enumerate(table_file.call(uri, "tasks", seed=seed), start=1):
         if not isinstance(task, Task):
             raise ValueError(f"tasks {uri!r}: item {number} is {type(task).__name__}, not a Task")
         yield task
-
-
-def _value(text: str) -> int | float | bool | str:
-    """An option of a URI: a number or true/false where it reads as one."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -1,11 +1,12 @@
-"""Reading training text: streamed documents, chat files, distilled rows.
+"""Reading training text: streamed documents and chats, chat files, distilled rows.
 
-Text is streamed: no file is read whole, a hub set is not downloaded first. One document in fifty, chosen
+Text is streamed: no file is read whole, a hub set is not downloaded first. One document or chat in fifty, chosen
 by its hash, is held out and never trained on. Left out: near-duplicates. Next: data.py.
 """
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ import pyarrow.parquet as pq
 
 from posttrain.config import TextData
 from posttrain.rollouts import chat
-from posttrain.schema import Sample
+from posttrain.schema import Message, Sample
 from posttrain.table_file import rows
 
 _HELDOUT_ONE_IN = 50
 
 
 def documents(data: TextData, tokenizer: chat.Tokenizer, *, heldout: bool) -> Iterator[Sample]:
-    """Samples of at most data.seq_len tokens, cut from documents, again from the start when exhausted.
+    """Samples of data.text, cut to at most data.seq_len tokens, and of data.chats, which are not cut.
 
-    A sample never holds two documents. The held-out stream ends with its files.
+    Again from the start when exhausted. A sample never holds two documents. The held-out stream ends with its files.
     """
     for epoch in itertools.count():
         found = False
@@ -40,10 +41,15 @@ def documents(data: TextData, tokenizer: chat.Tokenizer, *, heldout: bool) -> It
                     mask = np.ones(len(tokens), np.bool_)
                     mask[0] = False
                     yield Sample(id=f"{where}.{part}#{epoch}", tokens=tokens, mask=mask)
+        for uri in data.chats:
+            for where, row in rows(uri):
+                if is_heldout(json.dumps(_messages(row, where))) == heldout:
+                    found = True
+                    yield _chat(row, where, tokenizer, id=f"{where}#{epoch}")
         if heldout:
             return
         if not found:
-            raise ValueError(f"{', '.join(data.text)}: no document to train on")
+            raise ValueError(f"{', '.join(data.files)}: no document to train on")
 
 
 def is_heldout(text: str) -> bool:
@@ -53,22 +59,10 @@ def is_heldout(text: str) -> bool:
 
 def chats(path: Path, tokenizer: chat.Tokenizer) -> list[Sample]:
     """Conversations of a .jsonl or .parquet file with a `messages` column, the assistant's turns as targets."""
-    samples = []
-    for where, row in rows(str(path)):
-        messages = row.get("messages")
-        if not _is_chat(messages):
-            raise ValueError(f"{where}: no messages (a list of role and content with an assistant's turn)")
-        assert messages is not None
-        tokens, mask = chat.encode_with_mask(tokenizer, messages)
-        samples.append(
-            Sample(
-                id=where,
-                tokens=np.array(tokens, np.int32),
-                mask=np.array(mask, np.bool_),
-                domain=str(row.get("domain", path.stem)),
-            )
-        )
-    return samples
+    return [
+        _chat(row, where, tokenizer, id=where, domain=str(row.get("domain", path.stem)))
+        for where, row in rows(str(path))
+    ]
 
 
 def distilled(path: Path) -> list[Sample]:
@@ -93,9 +87,18 @@ def _cut(text: str, tokenizer: chat.Tokenizer, seq_len: int) -> Iterator[np.ndar
             yield np.array(piece, np.int32)
 
 
-def _is_chat(messages: Any) -> bool:
-    return (
+def _chat(row: dict[str, Any], where: str, tokenizer: chat.Tokenizer, *, id: str, domain: str = "") -> Sample:
+    tokens, mask = chat.encode_with_mask(tokenizer, _messages(row, where))
+    return Sample(id=id, tokens=np.array(tokens, np.int32), mask=np.array(mask, np.bool_), domain=domain)
+
+
+def _messages(row: dict[str, Any], where: str) -> list[Message]:
+    """The conversation of a row; ValueError if it holds none."""
+    messages = row.get("messages")
+    if not (
         isinstance(messages, list)
         and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
         and any(m["role"] == "assistant" for m in messages)
-    )
+    ):
+        raise ValueError(f"{where}: no messages (a list of role and content with an assistant's turn)")
+    return messages

@@ -57,22 +57,23 @@ def select(units: Sequence[Unit], *, only: str | None, until: str | None) -> lis
     return list(units)
 
 
-def stage_sources(unit: Unit) -> list[str]:
-    """Names of the stages whose output a unit reads."""
+def stage_sources(cfg: Run, unit: Unit) -> list[str]:
+    """Names of the stages whose output a unit reads: its sources, then the judges of its domains."""
     every = [unit.source] if isinstance(unit, EvaluateUnit) else config.sources(unit)
-    return [source for source in every if not config.is_path(source)]
+    judges = [name for domain in _domains(cfg, unit) for name in domain.stages]
+    return list(dict.fromkeys([*(source for source in every if not config.is_path(source)), *judges]))
 
 
-def ancestors(units: Sequence[Unit], unit: Unit) -> list[Unit]:
+def ancestors(cfg: Run, units: Sequence[Unit], unit: Unit) -> list[Unit]:
     """The units whose output a unit depends on, in order."""
     by_name = {u.name: u for u in units}
     needed: set[str] = set()
-    waiting = stage_sources(unit)
+    waiting = stage_sources(cfg, unit)
     while waiting:
         name = waiting.pop()
         if name not in needed:
             needed.add(name)
-            waiting += stage_sources(by_name[name])
+            waiting += stage_sources(cfg, by_name[name])
     return [u for u in units if u.name in needed]
 
 
@@ -82,13 +83,13 @@ def outside_files(cfg: Run, unit: Unit) -> list[str]:
     if not isinstance(unit, EvaluateUnit):
         named += [source for source in config.sources(unit) if config.is_path(source)]
     if isinstance(unit, Pretrain | Warmup | Sparse):
-        named += unit.data.text
+        named += unit.data.files
     named += [domain.tasks for domain in _domains(cfg, unit)]
     return sorted({name for name in named if "://" not in name})
 
 
 def check_outside(cfg: Run, units: Sequence[Unit]) -> None:
-    """Raise ValueError for a missing file now rather than when its stage starts."""
+    """Raise ValueError for what is missing now rather than when its stage starts."""
     for unit in units:
         for name in outside_files(cfg, unit):
             if not Path(name).exists():
@@ -121,7 +122,7 @@ def config_hash(cfg: Run, unit: Unit) -> str:
 
 def parents(cfg: Run, unit: Unit, store: Store) -> dict[str, str]:
     """Hash of everything the unit reads: its sources' manifests and the files from outside."""
-    hashes = {name: store.manifest_hash(name) for name in stage_sources(unit)}
+    hashes = {name: store.manifest_hash(name) for name in stage_sources(cfg, unit)}
     return hashes | {name: _fingerprint(Path(name)) for name in outside_files(cfg, unit)}
 
 
@@ -139,7 +140,7 @@ def _domains(cfg: Run, unit: Unit) -> list[config.Domain]:
     if isinstance(unit, EvaluateUnit):
         return list(cfg.domains)
     if isinstance(unit, Pretrain | Warmup | Sparse):
-        return [] if unit.data.text else list(cfg.domains)
+        return [] if unit.data.files else list(cfg.domains)
     if isinstance(unit, Rl | Distill):
         used = unit.mix if isinstance(unit, Rl) else unit.specialists
         return [domain for domain in cfg.domains if domain.name in used]

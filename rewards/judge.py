@@ -117,6 +117,8 @@ def rubric(
     async def graded(task: Task, rollout: Rollout) -> Mark:
         return await panel.score(task, rollout)
 
+    # Loading a model is no part of a verdict's time.
+    graded.prepare = getattr(panel.judge, "prepare", lambda: None)  # type: ignore[attr-defined]
     return graded
 
 
@@ -124,7 +126,7 @@ class Panel:
     """A judge with its cache, its second opinions and its canaries."""
 
     def __init__(self, judge: Judge, settings: Settings) -> None:
-        self._judge, self._settings = judge, settings
+        self.judge, self._settings = judge, settings
         self._cache = Cache(settings.cache)
         self._tested: dict[str, asyncio.Task[None]] = {}
 
@@ -174,17 +176,17 @@ class Panel:
         self, task: Task, criteria: Sequence[tuple[str, float]], answer: str, *, temperature: float
     ) -> "_Opinion":
         """One reply, asked for until it is a verdict."""
-        messages = _messages(task, criteria, answer)
+        messages = question(task, [text for text, _ in criteria], answer)
         wait = FIRST_WAIT_S
         for attempt in range(self._settings.attempts):
             last = attempt == self._settings.attempts - 1
             key = self._cache.key(
-                self._judge.identity, messages, Grades.model_json_schema(), temperature, attempt
+                self.judge.identity, messages, Grades.model_json_schema(), temperature, attempt
             )
             reply = self._cache.get(key)
             try:
                 if reply is None:
-                    reply = await self._judge.reply(
+                    reply = await self.judge.reply(
                         messages, schema=Grades.model_json_schema(), temperature=temperature, seed=attempt
                     )
                 opinion = _read(reply, criteria)
@@ -233,10 +235,11 @@ def _answer(rollout: Rollout) -> str:
     return text.rpartition("</think>")[2].strip()
 
 
-def _messages(task: Task, criteria: Sequence[tuple[str, float]], answer: str) -> list[Message]:
+def question(task: Task, criteria: Sequence[str], answer: str) -> list[Message]:
+    """What a judge is asked: its instructions, then one JSON document with the candidate's answer at its end."""
     document = {
         "conversation": [{"role": m["role"], "content": m["content"]} for m in task.messages],
-        "criteria": [text for text, _ in criteria],
+        "criteria": list(criteria),
         "reference_answer": task.answer,
         "candidate_answer": answer,
     }

@@ -1,7 +1,7 @@
 """A judge that is a checkpoint of ours, in this process: no server, for small models and for machines without a network.
 
 Used as rewards = [{ fn = "posttrain.rewards.judge:rubric", args = { backend = "posttrain.rollouts.local_judge:EngineJudge",
-judge = { checkpoint = "runs/judge/sft" } } }]. It cannot be held to a schema; a reply that is none is asked for
+judge = { checkpoint = "stage://judge" } } }]: a stage of the same run, or a path. It cannot be held to a schema; a reply that is none is asked for
 again. Every reward worker holds a copy of the model. Next: ../rewards/judge.py, torch_engine.py.
 """
 
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from posttrain.model import checkpoint
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Message, Task
@@ -63,20 +66,22 @@ class EngineJudge:
 
     def _answer(self, questions: Sequence[_Question]) -> None:
         """Generate; the loop waits meanwhile, since it has nothing else to do."""
-        engine = self._engine = self._engine or self._load()
+        self.prepare()
+        assert self._engine is not None
         for temperature in sorted({q.temperature for q in questions}):
             asked = [q for q in questions if q.temperature == temperature]
             settings = Sampling(temperature=temperature)
-            rollouts = engine.generate([q.request for q in asked], settings, max_rows=self._max_rows)
+            rollouts = self._engine.generate([q.request for q in asked], settings, max_rows=self._max_rows)
             for question, rollout in zip(asked, rollouts, strict=True):
                 if not question.answer.cancelled():
                     question.answer.set_result(rollout.text)
 
-    def _load(self) -> TorchEngine:
-        from posttrain.model import checkpoint  # heavy: only when asked
-
-        model = checkpoint.load(self._checkpoint, device=self._device)
-        return TorchEngine(model, checkpoint.load_tokenizer(self._checkpoint), "sparse")
+    def prepare(self) -> None:
+        """Load the model, if that has not happened."""
+        if self._engine is None:
+            torch.set_num_threads(1)  # there is a worker for every core
+            attention = checkpoint.attention_of(self._checkpoint)
+            self._engine = TorchEngine.open(self._checkpoint, attention, device=self._device)
 
 
 def _state(checkpoint: Path) -> str:

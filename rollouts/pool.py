@@ -151,13 +151,16 @@ class _RolloutActor:
 
         torch.set_num_threads(setup.threads)
         self._engine, self._max_rows = None, setup.max_rows
-        tokenizer = checkpoint.load_tokenizer(setup.checkpoint)
         if setup.engine == "fake":
-            self._engine = FakeEngine(tokenizer)
+            self._engine = FakeEngine(checkpoint.load_tokenizer(setup.checkpoint))
             return
-        load: Any = checkpoint.load_dense if setup.attention == "dense" else checkpoint.load
-        model = load(setup.checkpoint, dtype=getattr(torch, setup.dtype), device=setup.device)
-        self._engine = TorchEngine(model, tokenizer, setup.attention, backend=setup.backend)
+        self._engine = TorchEngine.open(
+            setup.checkpoint,
+            setup.attention,
+            dtype=getattr(torch, setup.dtype),
+            device=setup.device,
+            backend=setup.backend,
+        )
 
     def backend(self) -> str:
         return str(self._engine.backend)

@@ -9,7 +9,8 @@ Shape letters: B rows, Q queries per row, L tokens of a row, V vocabulary, N lay
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.kernels.backend import Choice
+from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
@@ -65,6 +67,21 @@ class TorchEngine:
         self.version = 0
         self.device = next(model.parameters()).device
         self.decoder = Decoder(self.model, attention)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        attention: AttentionMode,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        backend: Choice = "auto",
+    ) -> Self:
+        """An engine for a checkpoint with the tokenizer beside it."""
+        load: Any = checkpoint.load_dense if attention == "dense" else checkpoint.load
+        model = load(path, dtype=dtype, device=device)
+        return cls(model, checkpoint.load_tokenizer(path), attention, backend=backend)
 
     def load(self, version: int, weights: dict[str, Tensor]) -> None:
         """Take the learner's weights of that version."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from posttrain import config
-from posttrain.units import config_hash, expand
+from posttrain.units import ancestors, config_hash, expand, stage_sources
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs" / "demo.toml"
@@ -129,3 +129,39 @@ def test_only_what_a_stage_depends_on_is_in_its_hash(tmp_path: Path) -> None:
     assert changed("domains.math.max_new_tokens=9")
     assert not changed("out=/elsewhere") and not changed("cluster.rollout_actors=4")
     assert not changed("stages.convert.index_topk=64"), "a source's change comes through its manifest"
+
+
+JUDGE = """
+[[stages]]
+name = "grm"
+kind = "pretrain"
+steps = 1
+tokenizer = "posttrain.toy.grading:build"
+data = { chats = ["py://posttrain.toy.grading:verdicts?n=9"] }
+optimizer = { lr = 1e-3 }
+evaluate = false
+"""
+ASKS = """rewards = [{ fn = "a:b", args = { judge = { checkpoint = "stage://grm", names = ["stage://grm", "x"] } } }]"""
+
+
+def test_a_reward_may_ask_a_stage_of_the_run(tmp_path: Path) -> None:
+    asking = SMALL.replace('rewards = [{ fn = "posttrain.rewards.answer:exact" }]', ASKS)
+    first = asking.replace("[[stages]]", f"{JUDGE}[[stages]]", 1)
+    cfg = config.load([_file(tmp_path, first)])
+    units = {unit.name: unit for unit in expand(cfg)}
+    assert {name: stage_sources(cfg, unit) for name, unit in units.items()} == {
+        "grm": [],
+        "convert": [],
+        "rl": ["convert", "grm"],
+        "rl.eval": ["rl", "grm"],
+    }
+    assert [u.name for u in ancestors(cfg, list(units.values()), units["rl"])] == ["grm", "convert"]
+    reward = cfg.domain("math").rewards[0].resolved(cfg.path)
+    folder = str(cfg.path / "grm")
+    assert reward.args == {"judge": {"checkpoint": folder, "names": [folder, "x"]}} and not reward.stages
+    for wrong, message in (
+        (asking, "which is no stage"),
+        (asking + JUDGE, "which comes later; put it first"),
+    ):
+        with pytest.raises(ValueError, match=f"domain 'math': a reward asks stage 'grm', {message}"):
+            config.load([_file(tmp_path, wrong)])

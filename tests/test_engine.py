@@ -12,7 +12,7 @@ from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Rollout, Task
-from posttrain.toy import lookup, sorting, tokenizer
+from posttrain.toy import records, sorting, tokenizer
 
 TOKENIZER = tokenizer.build()
 TOLERANCE = 1e-5
@@ -166,31 +166,28 @@ class _Scripted:
 
 def test_turns_with_a_tool_by_hand(engine: TorchEngine) -> None:
     """Two calls and an answer: the tool's tokens are forced, masked out, and never sampled."""
-    task = next(iter(lookup.tasks(seed=1, n=1)))
-    chain, name = task.meta["chain"], task.meta["person"]
-    relation = task.meta["facts"][chain[0]]
-    first = f"<call> {chain[0]} ( {name} ) </call>"
-    second = f"<call> {chain[1]} ( {relation[name]} ) </call>"
+    task = next(iter(records.tasks(seed=1, n=1)))
+    relation, name = task.meta["chain"][0], task.meta["person"]
+    found = task.meta["table"][name][records.RELATIONS.index(relation)]
+    first, second = records.look(relation, name), records.change("boss", "bob", found)
     messages = [*task.messages]
-    for text in (first, second):
+    for text, result in ((first, f"'{found}'"), (second, "done")):
         messages.append({"role": "assistant", "content": text})
-        messages.append({"role": "tool", "content": lookup.respond(task, text)})
-    messages.append({"role": "assistant", "content": "answer bob"})
+        messages.append({"role": "tool", "content": result})
+    messages.append({"role": "assistant", "content": "answer done"})
     tokens, mask = chat.encode_with_mask(TOKENIZER, messages)
     scripted = TorchEngine.__new__(TorchEngine)
     scripted.__dict__.update(engine.__dict__)
     script = _Scripted(engine, {i - 1: t for i, t in enumerate(tokens) if i})
     scripted.model = scripted.decoder = script  # type: ignore[assignment]
-    request = Request(
-        task=task, index=0, seed=1, max_new_tokens=64, max_turns=4, environment=Stateless(lookup.respond)
-    )
+    request = Request(task=task, index=0, seed=1, max_new_tokens=64, max_turns=4, environment=records.start)
     (rollout,) = scripted.generate([request], Sampling())
     assert rollout.tokens.tolist() == tokens
     assert rollout.sampled.tolist() == mask
     assert rollout.stop == "eos"
     assert [m["role"] for m in rollout.messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
-    assert rollout.messages[-1]["content"] == "answer bob"
-    assert rollout.text == f"{first}\n{second}\nanswer bob"
+    assert rollout.messages[-1]["content"] == "answer done"
+    assert rollout.text == f"{first}\n{second}\nanswer done"
 
     (cut,) = scripted.generate([Request(**(_fields(request) | {"max_turns": 2}))], Sampling())
     assert cut.stop == "turns"
@@ -208,11 +205,11 @@ def test_logprobs_are_right_after_tool_results(engine: TorchEngine) -> None:
     """A random model never writes a call, so this tool answers any turn."""
 
     def tool(task: Task, text: str) -> str | None:
-        return "boss of ann is bob"
+        return "'bob'"
 
     requests = [
         Request(task=t, index=0, seed=i, max_new_tokens=90, max_turns=3, environment=Stateless(tool))
-        for i, t in enumerate(lookup.tasks(seed=3, n=24))
+        for i, t in enumerate(records.tasks(seed=3, n=24))
     ]
     eager = TorchEngine(tiny.model(topk=7, seed=2), TOKENIZER)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from test_engine import _Scripted
+from test_rewards import task as _task
 
 from posttrain import config, rollout_file
 from posttrain.domains import open_domains
@@ -27,7 +28,7 @@ from posttrain.rollouts.environment import Environment, Live, Stateless, Unavail
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Group, Message, Rollout, Task
-from posttrain.toy import lookup, tokenizer
+from posttrain.toy import tokenizer
 
 TOKENIZER = tokenizer.build()
 QUESTION = Task(id="d/1", domain="d", messages=({"role": "user", "content": "who is the boss of ann ?"},))
@@ -292,18 +293,14 @@ def test_a_recipe_names_an_environment_or_a_tool_not_both() -> None:
 
 
 def test_a_stateless_tool_is_an_environment() -> None:
-    task = next(lookup.tasks(seed=1, n=1))
-    turns = [m["content"] for m in _honest(task)]
-    rollout = play(Stateless(lookup.respond), task, _script(*turns), seed=0, max_turns=9)
-    assert tools.outcome(task, [rollout]) == [1]
+    def double(task: Task, text: str) -> str | None:
+        return str(2 * int(text)) if text.isdigit() else None
 
-
-def _honest(task: Task) -> Iterator[Message]:
-    person = task.meta["person"]
-    for relation in task.meta["chain"]:
-        yield {"role": "assistant", "content": f"<call> {relation} ( {person} ) </call>"}
-        person = task.meta["facts"][relation][person]
-    yield {"role": "assistant", "content": f"answer {person}"}
+    asked = _task(answer="42", meta={"min_calls": 1})
+    called = play(Stateless(double), asked, _script("21", "answer 42"), seed=0, max_turns=9)
+    guessed = play(Stateless(double), asked, _script("answer 42"), seed=0, max_turns=9)
+    assert [m["content"] for m in called.messages] == ["21", "42", "answer 42"]
+    assert tools.outcome(asked, [called, guessed]) == [1, 0]
 
 
 RECIPE = """

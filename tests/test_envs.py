@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from test_environments import QUESTION, _script, _turn, _with_outcome, count
 from test_tasks import _jsonl
-from tokenizers import AddedToken
 
 from posttrain.envs import corpus, database, interpreter, packages, repair, shop, wiki
 from posttrain.rewards import bubblewrap, tools
@@ -312,7 +311,6 @@ def test_the_interpreter_shows_what_a_program_does(
 
 def test_demonstrations_of_the_small_world_need_no_unknown_word() -> None:
     rng, right, tokenizer = Random(0), 0.0, build()
-    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in records.WORDS])
     for task in records.tasks(seed=2, n=60):
         messages = records.demonstrate(task, rng)
         tokens, _ = chat.encode_with_mask(tokenizer, [*task.messages, *messages])
@@ -326,15 +324,10 @@ def test_demonstrations_of_the_small_world_need_no_unknown_word() -> None:
 
 def test_statements_of_the_small_world_are_carried_out() -> None:
     task = next(records.tasks(seed=1, n=1))
-    chain, row = task.meta["chain"], task.meta["person"]
-    turns = []
-    for relation in chain:
-        turns.append(records.look(relation, row))
-        row = task.meta["table"][row][records.RELATIONS.index(relation)]
-    turns.append(records.change(task.meta["column"], task.meta["value"], row))
-    gold = play(records.start, task, _script(*turns, "answer done"), seed=0, max_turns=9)
-    other = (row + 1) % records.PEOPLE
-    wrong = [*turns[:-1], records.change(task.meta["column"], task.meta["value"], other), "answer done"]
+    *calls, change, done = records.solution(task)
+    gold = play(records.start, task, _script(*calls, change, done), seed=0, max_turns=9)
+    other = next(name for name in records.NAMES if f"name = '{name}'" not in change)
+    wrong = [*calls, records.change(task.meta["column"], task.meta["value"], other), done]
     rollouts = [
         gold,
         *(play(records.start, task, _script(*w), seed=0, max_turns=9) for w in (wrong, ["answer done"])),
@@ -345,13 +338,13 @@ def test_statements_of_the_small_world_are_carried_out() -> None:
 @pytest.mark.parametrize(
     ("turn", "result"),
     [
-        ("<call> select boss from people where id = 3", ["error"]),
+        ("<call> select boss from people where name = 'ann'", ["error"]),
         ("<call> </call>", ["error"]),
-        ("<call> select boss , friend from people where id = 3 </call>", ["error"]),
+        ("<call> select boss , friend from people where name = 'ann' </call>", ["error"]),
         ("<call> select boss from people </call>", ["error"]),
-        ("<call> select boss from people where id = 99 </call>", ["error"]),
+        ("<call> select boss from people where name = 'max' </call>", ["error"]),
         ("<call> delete from people </call>", ["error"]),
-        ("<call> update people set boss = 1 </call>", ["done"]),
+        ("<call> update people set boss = 'bob' </call>", ["done"]),
         ("answer done", None),
         ("", None),
     ],

@@ -5,7 +5,7 @@ import json
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -292,9 +292,10 @@ def test_a_task_without_criteria_is_the_authors_fault(meta: dict[str, Any]) -> N
         asyncio.run(panel.score(task(meta=meta), rollout("a")))
 
 
-def test_an_engine_of_ours_is_a_judge(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [tiny.sparse_checkpoint, tiny.dense_checkpoint])
+def test_an_engine_of_ours_is_a_judge(make: Callable[[Path], Path], tmp_path: Path) -> None:
     """A random model gives no verdict; that it is asked, in one batch, and reproducibly, is what is tested."""
-    made = EngineJudge(checkpoint=str(tiny.sparse_checkpoint(tmp_path / "judge")), max_tokens=5)
+    made = EngineJudge(checkpoint=str(make(tmp_path / "judge")), max_tokens=5)
     messages: list[Message] = [{"role": "user", "content": "say red"}]
 
     async def ask() -> list[str]:

@@ -17,7 +17,7 @@ from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Batch, Rollout, Sample, SamplingMask, Task
-from posttrain.toy import lookup, tokenizer
+from posttrain.toy import records, tokenizer
 
 TOKENIZER = tokenizer.build()
 CUT = Sampling(
@@ -43,11 +43,11 @@ def rollouts(path: Path) -> list[Rollout]:
     """Rollouts of one, two and three turns, of several lengths."""
 
     def tool(task: Task, text: str) -> str | None:
-        return "boss of ann is bob"
+        return "'bob'"
 
     requests = [
         Request(task=t, index=0, seed=i, max_new_tokens=50, max_turns=3, environment=Stateless(tool))
-        for i, t in enumerate(lookup.tasks(seed=3, n=12))
+        for i, t in enumerate(records.tasks(seed=3, n=12))
     ]
     found = TorchEngine(checkpoint.load(path), TOKENIZER).generate(requests, CUT)
     assert len({len(r.messages) for r in found}) > 1, "all rollouts have the same number of turns"

@@ -7,15 +7,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from test_rewards import rollout
 
 from posttrain import config
 from posttrain.domains import open_domains
 from posttrain.rewards.scorer import Scorer
+from posttrain.rollouts.environment import play
 from posttrain.schema import Rollout, Task
 from posttrain.tasks import load_split, load_tasks
+from posttrain.toy import records
 
-DEMO = config.load([Path(__file__).parents[1] / "configs" / "demo.toml"])
+DEMO = tiny.demo()
 
 
 def _load(uri: Path | str, **options: Any) -> list[Task]:
@@ -141,14 +144,20 @@ def test_the_demo_has_room_and_its_answers_are_right(name: str) -> None:
     assert len(train) > 3000 and len(domain.evaluation) == 200
     scorer = Scorer(domain.cfg.passes or domain.cfg.rewards)
     for task in domain.evaluation:
+        if name == "agent":
+            gold, junk = (_played(task, turns) for turns in (records.solution(task), [records.DONE]))
+            assert [scorer.passed(s) for s in scorer.score(task, [gold, junk])] == [True, False]
+            continue
         assert task.answer is not None
         (right,) = scorer.score(task, [_answered(task, task.answer)])
         (wrong,) = scorer.score(task, [_answered(task, task.answer + " x")])
         assert scorer.passed(right) is True and scorer.passed(wrong) is False, task.question
 
 
+def _played(task: Task, turns: list[str]) -> Rollout:
+    script = iter(turns)
+    return play(records.start, task, lambda _: next(script), seed=0, max_turns=9)
+
+
 def _answered(task: Task, answer: str) -> Rollout:
-    call = [{"role": "assistant", "content": "<call>"}, {"role": "tool", "content": "result"}]
-    calls = call * task.meta.get("min_calls", 0)
-    text = answer if task.domain == "align" else f"answer {answer}"
-    return rollout(text, messages=(*calls, {"role": "assistant", "content": text}))
+    return rollout(answer if task.domain == "align" else f"answer {answer}")

@@ -14,10 +14,10 @@ import tiny
 from posttrain import config, data, text
 from posttrain.domains import open_domains
 from posttrain.schema import Sample
-from posttrain.toy import phrases, sorting, tokenizer
+from posttrain.toy import grading, phrases, sorting, tokenizer
 
 TOKENIZER = tokenizer.build()
-DEMO = config.load([Path(__file__).parents[1] / "configs" / "demo.toml"])
+DEMO = tiny.demo()
 WORDS = "red blue green black white big small old dog cat bird fish house tree sun moon".split()
 
 
@@ -102,6 +102,29 @@ def test_chats_train_on_the_assistant_alone(tmp_path: Path) -> None:
     file.write_text(json.dumps({"messages": chat[:1]}) + "\n")
     with pytest.raises(ValueError, match=r"chats.jsonl:1: no messages"):
         text.chats(file, TOKENIZER)
+
+
+def test_chats_of_a_generator_are_streamed() -> None:
+    uri = "py://posttrain.toy.grading:verdicts?n=300"
+    judge = grading.build()
+    settings = config.TextData(chats=[uri], loss_on="assistant")
+    stream = data.lm_stream(settings, [], judge, seed=0)
+    first = list(itertools.takewhile(lambda s: s.id.endswith("#0"), stream))
+    held = list(data.lm_stream(settings, [], judge, seed=0, heldout=True))
+    assert len(first) + len(held) == 300 and 1 <= len(held) <= 20
+    assert first[0].id.startswith(f"{uri}:") and next(stream).id.endswith("#1")
+    for sample in (first[0], held[0]):
+        told = judge.decode(sample.tokens[sample.mask])
+        (grade,) = json.loads(told.removesuffix("<eos>"))["criteria"]
+        assert grade["score"] in (0, 10) and grade["reason"].strip().startswith("the words are")
+    with pytest.raises(ValueError, match=r"py://posttrain.toy.grading:verdicts.m=1"):
+        next(data.lm_stream(config.TextData(chats=[f"{uri[:-5]}m=1"]), [], judge, seed=0))
+    with pytest.raises(ValueError, match="expected a dict, got Task"):
+        next(
+            data.lm_stream(
+                config.TextData(text=["py://posttrain.toy.sorting:tasks?n=1&seed=0"]), [], judge, seed=0
+            )
+        )
 
 
 def test_demonstrations_are_repeatable_and_come_from_their_side_of_the_split() -> None:

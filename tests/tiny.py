@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 from transformers.models.glm4_moe_lite.configuration_glm4_moe_lite import Glm4MoeLiteConfig
 
+from posttrain import config
 from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32Config, DeepseekV32ForCausalLM
 from posttrain.model.context import PackedContext
@@ -15,7 +16,7 @@ from posttrain.schema import Sample
 from posttrain.toy import tokenizer
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 214,
+    "vocab_size": 221,
     "hidden_size": 40,
     "intermediate_size": 56,
     "moe_intermediate_size": 24,
@@ -104,3 +105,13 @@ def sample(id: str, length: int, seed: int = 0, **fields: Any) -> Sample:
     rng = np.random.default_rng(seed)
     mask = np.arange(length) >= max(1, length // 2)
     return Sample(id=id, tokens=rng.integers(6, 214, length).astype(np.int32), mask=mask, **fields)
+
+
+def demo() -> config.Run:
+    """The demo's recipe without the rewards that ask a judge, which its run has to train first."""
+    cfg = config.load([Path(__file__).parents[1] / "configs" / "demo.toml"])
+    domains = [
+        d.model_copy(update={"rewards": [reward for reward in d.rewards if not reward.stages]})
+        for d in cfg.domains
+    ]
+    return cfg.model_copy(update={"domains": domains})

@@ -147,5 +147,6 @@ def _task(library: Corpus, source: str, path: Sequence[tuple[str, str]], languag
             "corpus": source,
             "path": [(title, library.number(title)) for title, _ in path[:-1]],
             "min_calls": 1,
+            "script": "latin",
         },
     )

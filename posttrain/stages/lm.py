@@ -80,7 +80,7 @@ class _Log:
 
 def stream(text: config.TextData, job: Job, tokenizer: Any, *, heldout: bool = False) -> Iterator[Sample]:
     """What the stage's data section names."""
-    domains = [] if text.text else list(open_domains(job.cfg).values())
+    domains = [] if text.files else list(open_domains(job.cfg).values())
     return data.lm_stream(text, domains, tokenizer, seed=job.seed, heldout=heldout)
 
 

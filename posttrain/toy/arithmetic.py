@@ -9,7 +9,7 @@ from posttrain.schema import Message, Task
 
 LARGEST_TOTAL = 20
 """Every running total lies in 0 .. LARGEST_TOTAL, so that each is one token."""
-GUESS = 0.6
+GUESS = 0.55
 """Share of demonstrations that answer without thinking: right, but too hard to imitate."""
 WRONG_STEP = 0.03
 """Share of thinking steps whose result is off by one or two."""

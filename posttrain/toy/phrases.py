@@ -21,7 +21,7 @@ CHATTER = 0.3
 
 
 def tasks(*, seed: int, n: int) -> Iterator[Task]:
-    """n tasks; the rubric in meta is what rewards/rubric.py checks."""
+    """n tasks; in meta, what rewards/rubric.py checks (rubric) and a judge grades (criteria)."""
     rng = random.Random(seed)
     for _ in range(n):
         first, second = rng.sample(range(len(WORDS["english"])), 2)
@@ -44,6 +44,7 @@ def tasks(*, seed: int, n: int) -> Iterator[Task]:
                 "capitals": capitals,
                 "times": times,
                 "lexicon": WORDS[language],
+                "criteria": [f"every word is {language}"],
                 "rubric": [
                     {"kind": "count", "text": phrase.lower(), "times": times, "ignore_case": True},
                     {"kind": "case", "case": "upper" if capitals else "lower"},

@@ -1,8 +1,9 @@
 """An agent world: change one entry of a table, found by following other entries, with SQL, one statement a turn.
 
 Every task has a table of its own, so the row can only be found by reading; the episode's database is a real SQLite
-database, and success is its final state. Flaws: some demonstrations change a row without looking anything
-up, stop after a part of the chain, or follow the wrong column.
+database, and success is its final state. A name is always written as SQL's text literal, so that it is one token
+everywhere. Flaws: some demonstrations change a row without looking anything up, stop after a part of the
+chain, or follow the wrong column.
 """
 
 import random
@@ -13,22 +14,28 @@ from typing import Any
 from posttrain.envs import database
 from posttrain.rollouts.toolbox import ToolError
 from posttrain.schema import Message, Task
-from posttrain.toy.lookup import RELATIONS
 
-WORDS = "sql set to select from people where id update done".split()
-"""What a tokenizer needs beside the vocabulary of the demo."""
-PEOPLE = 21
-"""Ids run from 0 to PEOPLE - 1, so that each is one token."""
+RELATIONS = ("boss", "friend", "rival", "guide", "neighbor", "tutor", "cousin", "partner")
+NAMES = (
+    "ann bob cat dan eve fay gus hal ida jon kim leo mia ned ola pat quin roy sue tom una vic wes zoe"
+).split()
+WORDS = (
+    *"use sql : set the of to select from people where name = update done error".split(),
+    *RELATIONS,
+    *(f"'{name}'" for name in NAMES),
+)
+"""What a tokenizer needs for it."""
+DONE = "answer done"
 NO_LOOKUP = 0.35
 STOP_EARLY = 0.2
 WRONG_COLUMN = 0.04
-_SCHEMA = f"CREATE TABLE people (id INTEGER PRIMARY KEY, {', '.join(f'{r} INTEGER' for r in RELATIONS)})"
+_SCHEMA = f"CREATE TABLE people (name TEXT PRIMARY KEY, {', '.join(f'{r} TEXT' for r in RELATIONS)})"
 
 
 class Records:
     """One episode: a table that its statements alone change."""
 
-    def __init__(self, table: list[list[int]]) -> None:
+    def __init__(self, table: dict[str, list[str]]) -> None:
         self.db = _open(table)
 
     def step(self, text: str) -> list[str] | None:
@@ -44,7 +51,7 @@ class Records:
             return ["error"]
         if not names:
             return ["done"]
-        return [str(rows[0][0])] if len(rows) == len(names) == 1 else ["error"]
+        return [f"'{rows[0][0]}'"] if len(rows) == len(names) == 1 else ["error"]
 
     def outcome(self) -> dict[str, Any]:
         """The state of the table as a hash."""
@@ -61,20 +68,20 @@ def start(task: Task, seed: int) -> Records:
 
 
 def tasks(*, seed: int, n: int) -> Iterator[Task]:
-    """n tasks over two or three columns and a change."""
+    """n tasks: two entries to follow, one to change."""
     rng = random.Random(seed)
     for _ in range(n):
-        *chain, column = rng.sample(RELATIONS, rng.choice((3, 4)))
-        table = [[rng.randrange(PEOPLE) for _ in RELATIONS] for _ in range(PEOPLE)]
-        person = row = rng.randrange(PEOPLE)
+        *chain, column = rng.sample(RELATIONS, 3)
+        table = {name: rng.choices(NAMES, k=len(RELATIONS)) for name in NAMES}
+        person = row = rng.choice(NAMES)
         for relation in chain:
             row = table[row][RELATIONS.index(relation)]
         old = table[row][RELATIONS.index(column)]
-        value = rng.choice([i for i in range(PEOPLE) if i != old])
+        value = rng.choice([name for name in NAMES if name != old])
         path = " of the ".join([column, *reversed(chain)])
-        question = f"use sql : set the {path} of {person} to {value}"
+        question = f"use sql : set the {path} of '{person}' to '{value}'"
         db = _open(table)
-        db.execute(f"UPDATE people SET {column} = ? WHERE id = ?", (value, row))
+        db.execute(f"UPDATE people SET {column} = ? WHERE name = ?", (value, row))
         goal = database.digest(db)
         db.close()
         yield Task(
@@ -99,7 +106,7 @@ def demonstrate(task: Task, rng: random.Random) -> list[Message]:
     chain = list(meta["chain"])
     row = meta["person"]
     if rng.random() < NO_LOOKUP:
-        chain, row = [], rng.randrange(PEOPLE)
+        chain, row = [], rng.choice(NAMES)
     elif rng.random() < STOP_EARLY:
         chain = chain[: rng.randint(1, len(chain) - 1)]
     messages: list[Message] = []
@@ -108,21 +115,30 @@ def demonstrate(task: Task, rng: random.Random) -> list[Message]:
             relation = rng.choice(RELATIONS)
         messages.append({"role": "assistant", "content": look(relation, row)})
         row = meta["table"][row][RELATIONS.index(relation)]
-        messages.append({"role": "tool", "content": str(row)})
+        messages.append({"role": "tool", "content": f"'{row}'"})
     messages.append({"role": "assistant", "content": change(meta["column"], meta["value"], row)})
     messages.append({"role": "tool", "content": "done"})
-    return [*messages, {"role": "assistant", "content": "answer done"}]
+    return [*messages, {"role": "assistant", "content": DONE}]
 
 
-def look(relation: str, row: int) -> str:
+def solution(task: Task) -> list[str]:
+    """The turns that bring the table into the wanted state."""
+    turns, row = [], task.meta["person"]
+    for relation in task.meta["chain"]:
+        turns.append(look(relation, row))
+        row = task.meta["table"][row][RELATIONS.index(relation)]
+    return [*turns, change(task.meta["column"], task.meta["value"], row), DONE]
+
+
+def look(relation: str, row: str) -> str:
     """The call that reads an entry."""
-    return f"<call> select {relation} from people where id = {row} </call>"
+    return f"<call> select {relation} from people where name = '{row}' </call>"
 
 
-def change(column: str, value: int, row: int) -> str:
+def change(column: str, value: str, row: str) -> str:
     """The call that sets an entry."""
-    return f"<call> update people set {column} = {value} where id = {row} </call>"
+    return f"<call> update people set {column} = '{value}' where name = '{row}' </call>"
 
 
-def _open(table: list[list[int]]) -> sqlite3.Connection:
-    return database.build(_SCHEMA, {"people": [(i, *row) for i, row in enumerate(table)]})
+def _open(table: dict[str, list[str]]) -> sqlite3.Connection:
+    return database.build(_SCHEMA, {"people": [(name, *row) for name, row in table.items()]})

@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.toy import arithmetic, lookup, phrases, sorting
+from posttrain.toy import arithmetic, phrases, records, sorting
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<tool>"]
 MARKS = ["<think>", "</think>", "<call>", "</call>"]
@@ -26,7 +26,7 @@ def vocabulary() -> list[str]:
     words = "State the final answer to the following arithmetic problem : + - = ; , ? ( )".split()
     words += [str(i) for i in range(arithmetic.LARGEST_TOTAL + 1)]
     words += ["sort", "these", "letters", "up", "down", *sorting.LETTERS]
-    words += ["use", "tool", "who", "is", "of", "error", *lookup.RELATIONS, *lookup.NAMES]
+    words += records.WORDS
     words += ["say", "in", "capitals", "small", "times", "okay", *phrases.WORDS]
     lexicon = [word for language in phrases.WORDS.values() for word in language]
     return list(dict.fromkeys([*SPECIAL, *MARKS, *words, *lexicon, *(w.upper() for w in lexicon)]))
@@ -35,7 +35,7 @@ def vocabulary() -> list[str]:
 def build() -> PreTrainedTokenizerFast:
     """The tokenizer, ready to be saved beside a checkpoint."""
     tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token="<unk>"))
-    pieces = Split(Regex(r"</?\w+>|\d+|\w+|[^\w\s]"), behavior="isolated")
+    pieces = Split(Regex(r"</?\w+>|'\w+'|\d+|\w+|[^\w\s]"), behavior="isolated")
     tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), pieces])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
