@@ -61,6 +61,7 @@ class Setup:
     backend: Choice = "auto"
     deterministic: bool = False
     max_logits: int = logprob.MAX_LOGITS
+    """That exist together, at most."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -401,7 +402,7 @@ class Learner:
             known = self.group.collect((dict(sums), load, self._nonfinite_ids))
             sums.update(total([figures for figures, _, _ in known]))
             self._load = total([part for _, part, _ in known])
-            self._nonfinite_ids = [id for _, _, ids in known for id in ids]
+            self._nonfinite_ids = list(dict.fromkeys(id for _, _, ids in known for id in ids))
         figures = dict(sums) | self.optimizers.step(finite=math.isfinite(sums["loss"]))
         self._count_nonfinite("nonfinite" in figures, batches)
         moved = "skipped" not in figures
