@@ -5,6 +5,7 @@ Rollouts are on-policy; with updates_per_step > 1 the later updates of a step ar
 Next: ../generation.py, ../learner.py, ../loss.py.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,7 @@ def run(stage: config.Rl, job: Job) -> Result:
 
 
 _KEPT = ("reward", "signal", "mean_tokens", "generate_s", "score_s", "train_s", "logprob_gap")
+"""What _Log.summary is made of."""
 
 
 @dataclass(slots=True)
@@ -70,12 +72,12 @@ class _Log:
 
     tokens: int = 0
     figures: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _KEPT})
-    """Of every step; logprob_gap of those with an update."""
+    """Of every step; logprob_gap of those with an update that is finite."""
 
     def add(self, figures: Mapping[str, float]) -> None:
         self.tokens += int(figures["tokens"])
         for name in _KEPT:
-            if name in figures:
+            if math.isfinite(figures.get(name, math.nan)):
                 self.figures[name].append(figures[name])
 
     def summary(self) -> dict[str, Any]:
