@@ -134,10 +134,9 @@ class Snapshots:
         self._learner = self._sealing = None
 
     def _seal(self) -> None:
-        """Make the written folder a snapshot, and remove those that are too many."""
-        disk.sync_files(
-            self._partial, skip=SNAPSHOTS
-        )  # what the stage wrote up to here must be there as well
+        """Make the written folder a snapshot, and remove those that are too many, or later and thus were refused."""
+        # What the stage has written up to here must be there as well.
+        disk.sync_files(self._partial, skip=SNAPSHOTS)
         folder = self._folder / _UNFINISHED
         with disk.explain_full(self._folder):
             seal(folder, self._origin, self._ledger.attempt)
@@ -145,5 +144,8 @@ class Snapshots:
             shutil.rmtree(named, ignore_errors=True)  # one that was refused
             folder.rename(named)
             disk.sync_folder(self._folder)
-        for old in sorted(self._folder.glob(f"{_STEP}*"))[: -self._cfg.keep]:
-            shutil.rmtree(old)
+        every = sorted(self._folder.glob(f"{_STEP}*"))
+        kept = [other for other in every if other <= named][-self._cfg.keep :]
+        for other in every:
+            if other not in kept:
+                shutil.rmtree(other)

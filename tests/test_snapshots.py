@@ -159,6 +159,17 @@ def test_the_newest_whole_snapshot_is_taken_and_a_refusal_is_said(tmp_path: Path
     assert newest(tmp_path, ORIGIN, said.append) is None and "manifest.json is missing" in said[-1]
 
 
+def test_a_refused_snapshot_takes_no_place(tmp_path: Path) -> None:
+    """With keep = 1: 9 is refused, the stage goes on from 3 and takes one at 6, which must be the one that stays."""
+    _taken(tmp_path, [3, 9], keep=2)
+    folder = tmp_path / SNAPSHOTS
+    (folder / "step-00000009" / "__0_0.distcp").write_bytes(b"short")
+    _taken(tmp_path, [6], keep=1)
+    assert [p.name for p in folder.iterdir()] == ["step-00000006"]
+    last = newest(tmp_path, ORIGIN, print)
+    assert last is not None and last.step == 6
+
+
 def test_a_snapshot_of_another_config_or_source_is_none(tmp_path: Path) -> None:
     _taken(tmp_path, [3])
     assert newest(tmp_path, ORIGIN, print) is not None
