@@ -31,7 +31,8 @@ class _Experts(torch.autograd.Function):
         x_TD, experts_TE, weights_TE, gate_up_XDF, down_XFD = args
         expert_S = experts_TE.reshape(-1)
         order_S = expert_S.argsort(stable=True)
-        token_S = order_S // experts_TE.shape[1]
+        ctx.shape = experts_TE.shape  # view(-1) would not know it of no tokens
+        token_S = order_S // ctx.shape[1]
         every_S = torch.arange(len(order_S), device=x_TD.device)
         back_S = torch.empty_like(order_S).index_copy_(0, order_S, every_S)
         weight_S1 = weights_TE.reshape(-1, 1).index_select(0, order_S)
@@ -42,7 +43,7 @@ class _Experts(torch.autograd.Function):
             gate, up = torch.mm(x, gate_up_XDF[expert], out=gate_up_SF[rows]).chunk(2, dim=-1)
             torch.mm(F.silu(gate).mul_(up), down_XFD[expert], out=out_SD[rows]).mul_(weight_S1[rows])
         ctx.save_for_backward(x_TD, weight_S1, token_S, back_S, gate_up_SF, gate_up_XDF, down_XFD)
-        return _sum(out_SD, back_S, len(x_TD))
+        return _sum(out_SD, back_S, ctx.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -62,8 +63,8 @@ class _Experts(torch.autograd.Function):
             dgate_up = torch.cat((dgate, dh.mul_(silu)), -1)
             torch.mm(x.t(), dgate_up, out=dgate_up_XDF[expert])
             torch.mm(dgate_up, gate_up_XDF[expert].t(), out=dx_SD[rows])
-        dweights_TE = dweight_S.index_select(0, back_S).view(len(x_TD), -1)
-        return _sum(dx_SD, back_S, len(x_TD)), None, dweights_TE, dgate_up_XDF, ddown_XFD
+        dweights_TE = dweight_S.index_select(0, back_S).view(ctx.shape)
+        return _sum(dx_SD, back_S, ctx.shape), None, dweights_TE, dgate_up_XDF, ddown_XFD
 
 
 def _rows(load: list[int]) -> Iterator[tuple[int, slice]]:
@@ -74,6 +75,6 @@ def _rows(load: list[int]) -> Iterator[tuple[int, slice]]:
         start += num
 
 
-def _sum(out_SD: Tensor, back_S: Tensor, num_tokens: int) -> Tensor:
-    """Over the experts of each token, whose rows stand at back."""
-    return out_SD.index_select(0, back_S).view(num_tokens, -1, out_SD.shape[1]).sum(1)
+def _sum(out_SD: Tensor, back_S: Tensor, shape: torch.Size) -> Tensor:
+    """Over the experts of each token, whose rows stand at back; shape is [T, E]."""
+    return out_SD.index_select(0, back_S).view(*shape, out_SD.shape[1]).sum(1)

@@ -7,8 +7,14 @@ padded batches. Next: attention.py, context.py.
 Shape letters: T tokens, D hidden, V vocabulary, M positions whose logits are wanted.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -51,9 +57,12 @@ class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
 
     self_attn: DsaAttention
     mlp: "DsaMoE | hf.DeepseekV32MLP"
+    recompute = False
+    """Keep only the input for the backward pass, and compute everything else again."""
 
     def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
         GradientCheckpointingLayer.__init__(self)
+        self.layer_idx = layer_idx
         self.hidden_size = config.hidden_size
         self.self_attn = DsaAttention(config, layer_idx)
         assert config.mlp_layer_types is not None, "set by the config itself"
@@ -65,13 +74,44 @@ class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
         self.input_layernorm = hf.DeepseekV32RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = hf.DeepseekV32RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, rope: Rope, context: Context) -> Tensor:  # type: ignore[override]  # packed, not padded
-        """[T, D] -> [T, D]."""
+    def forward(  # type: ignore[override]  # packed, not padded
+        self, x_TD: Tensor, rope: Rope, context: Context
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, D] -> [T, D], and the indexer's KL where it trains.
+
+        The KL is handed on and not left in the context, because FSDP and recomputation look at what goes in and out.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._block(x_TD, rope, context)
+        found: tuple[Tensor, Tensor | None] = checkpoint(
+            self._block,
+            x_TD,
+            rope,
+            context,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _unrecorded(context, self.layer_idx)),
+        )
+        return found
+
+    def _block(self, x_TD: Tensor, rope: Rope, context: Context) -> tuple[Tensor, Tensor | None]:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, context)
         normed_TD = self.post_attention_layernorm(x_TD)
         is_moe = isinstance(self.mlp, DsaMoE)
         out_TD: Tensor = x_TD + (self.mlp(normed_TD, context) if is_moe else self.mlp(normed_TD))
-        return out_TD
+        record = context.record(self.layer_idx)
+        kl, record.kl = record.kl, None
+        return out_TD, kl
+
+
+@contextmanager
+def _unrecorded(context: Context, layer: int) -> Iterator[None]:
+    """What the block leaves in the context is that of the first time: Triton fills its figures in backward."""
+    first = context.records.pop(layer)
+    try:
+        yield
+    finally:
+        context.records[layer] = first
 
 
 class DsaModel(hf.DeepseekV32Model):
@@ -98,8 +138,12 @@ class DsaModel(hf.DeepseekV32Model):
         """Final hidden states [T, D] of packed tokens."""
         x_TD = self.embed_tokens(tokens_T)
         rope = unit_circle(self.rotary_emb, context.positions_T)
+        losses: list[Tensor | None] = []
         for layer in self.layers:
-            x_TD = layer(x_TD, rope, context)
+            x_TD, kl = layer(x_TD, rope, context)
+            losses.append(kl)
+        for i, kl in enumerate(losses):
+            context.record(i).kl = kl
         normed_TD: Tensor = self.norm(x_TD)
         return normed_TD
 
@@ -114,21 +158,40 @@ class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, tokens_T: Tensor, context: Context, at_M: Tensor | None = None) -> Tensor:
-        """Logits fp32 [M, V] at the token positions at_M (default: all) of a packed pass."""
-        x_TD = self.model(tokens_T, context)
-        if at_M is not None:
-            x_TD = x_TD.index_select(0, at_M)
-        logits_MV: Tensor = self.lm_head(x_TD).float()
-        return logits_MV
+    def forward(
+        self,
+        tokens_T: Tensor,
+        context: Context,
+        at_M: Tensor | None = None,
+        read: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """Logits fp32 [M, V] at the token positions at_M (default: all) of a packed pass.
 
-    def backend(self, choice: backend.Choice, *, deterministic: bool = False) -> backend.Backend:
-        """What runs this model's sparse attention where it is now; ValueError if that cannot be had."""
+        Or what `read` makes of the final hidden states [M, D] there and of the head [V, D], which need not give all
+        logits at a time. It is called in here because a sharded head is whole only here.
+        """
+        x_MD = self.model(tokens_T, context)
+        if at_M is not None:
+            x_MD = x_MD.index_select(0, at_M)
+        return self.lm_head(x_MD).float() if read is None else read(x_MD, self.lm_head.weight)
+
+    def backend(
+        self,
+        choice: backend.Choice,
+        *,
+        deterministic: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> backend.Backend:
+        """What runs this model's sparse attention on a device in a type, by default those of its weights now.
+
+        Raises ValueError if that cannot be had.
+        """
         weight = self.lm_head.weight
         return backend.resolve(
             choice,
-            weight.device,
-            weight.dtype,
+            device or weight.device,
+            dtype or weight.dtype,
             num_heads=self.config.num_attention_heads,
             entry_size=self.config.kv_lora_rank + self.config.qk_rope_head_dim,
             deterministic=deterministic,

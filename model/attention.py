@@ -25,6 +25,7 @@ from posttrain.kernels.pages import Pages
 from posttrain.kernels.sparse_mla import sparse_mla
 from posttrain.model.context import Context
 from posttrain.model.indexer import LightningIndexer
+from posttrain.model.lora import weight_of
 from posttrain.model.rope import Rope, rotate
 
 if TYPE_CHECKING:  # triton exists on Linux only
@@ -79,7 +80,9 @@ class DsaAttention(hf.DeepseekV32Attention):
             if warmup or context.diagnose:
                 self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
         elif warmup:
-            self._warmup_by_triton(rows, entries_TE, k_index_TI, context)
+            entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
+            keys_SI = context.slotted(self.layer_idx, "index", k_index_TI)
+            self._warmup_by_triton(rows, entries_SE, keys_SI, context)
         if not sparse:
             return self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
         if by_triton:
@@ -92,8 +95,10 @@ class DsaAttention(hf.DeepseekV32Attention):
             return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
-        """W_UK [H, N, R] and W_UV [H, V, R], views of kv_b_proj."""
-        weight_HR = self.kv_b_proj.weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        """W_UK [H, N, R] and W_UV [H, V, R], the two parts of kv_b_proj."""
+        weight_HR = weight_of(self.kv_b_proj).view(
+            -1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank
+        )
         return weight_HR[:, : self.qk_nope_head_dim], weight_HR[:, self.qk_nope_head_dim :]
 
     def _absorb(self, q_nope_THN: Tensor) -> Tensor:
@@ -125,9 +130,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         """o = W_UV o^A: [T, H, R] -> [T, H, V]."""
         return torch.bmm(o_THR.transpose(0, 1), self.up_projections()[1].transpose(1, 2)).transpose(0, 1)
 
-    def _warmup_by_triton(
-        self, rows: "_Rows", entries_TE: Tensor, k_index_TI: Tensor, context: Context
-    ) -> None:
+    def _warmup_by_triton(self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, context: Context) -> None:
         """Warm-up loss over all causal keys (Eq. 3) without a grid; the attention, which gives p, is multi-head."""
         from posttrain.kernels import dsa, warmup_kl_triton  # triton exists on Linux only
         from posttrain.kernels.dense_probs_triton import attention_lse
@@ -135,14 +138,14 @@ class DsaAttention(hf.DeepseekV32Attention):
         ranges = context.plan(0).ranges
         assert ranges is not None, "no rows"
         with torch.no_grad():
-            latent_TR, k_rot_TP = entries_TE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            kv_TH = self.kv_b_proj(latent_TR).unflatten(-1, (self.num_heads, -1))
+            latent_SR, k_rot_SP = entries_SE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            kv_SH = self.kv_b_proj(latent_SR).unflatten(-1, (self.num_heads, -1))
             q_THE = torch.cat((rows.q_nope_THN, rows.q_rot_THP), dim=-1)
-            keys = (kv_TH[..., : self.qk_nope_head_dim], k_rot_TP.contiguous())
+            keys = (kv_SH[..., : self.qk_nope_head_dim], k_rot_SP.contiguous())
             lse_TH = attention_lse(q_THE, *keys, ranges, self.scaling)
         attention = warmup_kl_triton.Attention(q_THE, *keys, lse_TH, self.scaling)
         record = context.record(self.layer_idx)
-        index = dsa.Index(rows.q_index_TJI, k_index_TI, rows.w_TJ)
+        index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
         record.kl = dsa.warmup_loss(index, attention, ranges)
         record.kl_value = record.kl.detach()
 
@@ -221,8 +224,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         k_rot_BLHP = k_rot_BLP[:, :, None].expand(-1, -1, q_BQHE.shape[2], -1)
         k_BHLE = torch.cat((k_nope_BLHN, k_rot_BLHP), dim=-1).transpose(1, 2)
         q_BHQE, v_BHLV = q_BQHE.transpose(1, 2), v_BLHV.transpose(1, 2)
-        # With as many queries as keys the grid is a plain causal square: the fused kernel knows it.
-        square = q_BHQE.shape[2] == k_BHLE.shape[2]
+        square = context.square  # the fused kernel knows it
         mask = None if square else context.mask()
         o_BHQV = F.scaled_dot_product_attention(
             q_BHQE,

@@ -100,6 +100,14 @@ def save_dense(model: DeepseekV32ForCausalLM, path: Path, tokenizer: Any = None)
         tokenizer.save_pretrained(str(path))
 
 
+def from_weights(config: DeepseekV32Config, weights: dict[str, torch.Tensor]) -> DeepseekV32ForCausalLM:
+    """A model around given weights, to be saved: what is not in a checkpoint (rotary tables) is not there."""
+    with torch.device("meta"):
+        model = DeepseekV32ForCausalLM(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model
+
+
 def load_tokenizer(path: Path | str) -> Any:
     """The tokenizer beside a checkpoint."""
     try:

@@ -1,7 +1,8 @@
 """Attention contexts: how the tokens of one forward pass find their keys.
 
 The same modules run in training and in generation; what differs is the context. `PackedContext` is
-for training: documents packed into [T], laid out as a grid [B, L] of documents inside attention only.
+for training: documents packed into [T], laid out as a grid [B, L] of documents inside attention only; `PartContext`
+is the same where several processes share the tokens.
 `StaticContext` is for the torch engine: one preallocated cache of latents and indexer keys.
 `PagedContext` (paged.py) is for vLLM's. Only the torch backend works on grids [B, Q] and [B, L]; Triton's
 kernels see tokens [T] and slots [S], the rows of slotted(). Next: attention.py.
@@ -28,8 +29,6 @@ if TYPE_CHECKING:  # triton exists on Linux only
 AttentionMode = Literal["dense", "sparse"]
 IndexerLoss = Literal["none", "dense", "sparse"]
 KeyName = Literal["entries", "index"]
-RunExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""x [T, D], experts [T, E], weights fp32 [T, E], gate_up [X, 2 F, D], down [X, D, F] -> [T, D]."""
 
 
 @dataclass(slots=True)
@@ -44,6 +43,8 @@ class LayerRecord:
     """[2] attention mass caught by the indexer's top-k and by the oracle's, summed over the queries counted."""
     kept_BQK: Tensor | None = None
     experts_TE: Tensor | None = None
+    load_X: Tensor | None = None
+    """[num_experts] tokens routed to each expert."""
 
 
 class Context(Protocol):
@@ -61,7 +62,11 @@ class Context(Protocol):
     replay_kept: dict[int, Tensor] | None
     parts: Sequence["Part"]
     """The pieces of a mixed pass, which attend one by one when add() has put the keys of all into the cache."""
-    run_experts: "RunExperts | None"
+
+    @property
+    def square(self) -> bool:
+        """Whether the keys of each row are its queries' own tokens, so that the mask is the causal square."""
+        ...
 
     def grid(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [B, Q, ...]."""
@@ -159,8 +164,6 @@ class Base:
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     parts: Sequence[Part] = ()
-    run_experts: RunExperts | None = None
-    """What runs the routed experts instead of moe.py."""
     _mask: Tensor | None = None
     _plans: dict[int, Plan] = field(default_factory=dict)
 
@@ -222,6 +225,10 @@ class PackedContext(Base):
             self._plans[num_early] = plan_documents(starts[:-1], lengths, num_early, self.cu_seqlens_S.device)
         return self._plans[num_early]
 
+    @property
+    def square(self) -> bool:
+        return True
+
     def pages(self, layer: int) -> None:
         return None
 
@@ -229,6 +236,65 @@ class PackedContext(Base):
         rows, width = self._shape
         mask = torch.zeros(rows * width, dtype=torch.bool, device=self._to_flat.device)
         return mask.index_fill(0, self._to_flat, True).view(rows, width)
+
+
+@dataclass(slots=True)
+class PartContext(PackedContext):
+    """Some tokens of packed documents; the others are other processes', and all see the keys of all.
+
+    What is handed round per layer is a latent entry and an indexer key per token, for all heads: small.
+    """
+
+    begin: int = 0
+    end: int = 0
+    """The own tokens are begin .. end - 1."""
+    gather: Callable[[Tensor], Tensor] = field(kw_only=True)
+    """Of this pass's [T, ...] that of all tokens; every process must ask for it."""
+    _to_keys: Tensor = field(init=False)
+    _starts_B: Tensor = field(init=False)
+    """Where the documents of the grid's rows begin."""
+
+    def __post_init__(self) -> None:
+        device, cuts = self.cu_seqlens_S.device, self.cu_seqlens_S
+        first = int(torch.searchsorted(cuts, self.begin, right=True)) - 1
+        last = int(torch.searchsorted(cuts, self.end))
+        starts_B, ends_B = cuts[first:last], cuts[first + 1 : last + 1]
+        mine_B = starts_B.clamp(min=self.begin)
+        counts_B, lengths_B = ends_B.clamp(max=self.end) - mine_B, ends_B - starts_B
+        rows, width, self.num_keys = last - first, int(counts_B.max()), int(lengths_B.max())
+        columns_Q, columns_L = (torch.arange(n, device=device) for n in (width, self.num_keys))
+        row_T = torch.repeat_interleave(torch.arange(rows, device=device), counts_B)
+        own_T = torch.arange(self.begin, self.end, device=device)
+        self.positions_T = own_T - starts_B[row_T]
+        self._to_grid = (mine_B[:, None] - self.begin + columns_Q.minimum(counts_B[:, None] - 1)).reshape(-1)
+        self._to_flat = row_T * width + own_T - mine_B[row_T]
+        self._to_keys = (starts_B[:, None] + columns_L.minimum(lengths_B[:, None] - 1)).reshape(-1)
+        self.query_positions_BQ = (mine_B - starts_B)[:, None] + columns_Q
+        self._shape, self._starts_B = (rows, width), starts_B
+
+    @property
+    def square(self) -> bool:
+        return False
+
+    def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        all_T = self.gather(x_T)
+        return all_T.index_select(0, self._to_keys).view(len(self._starts_B), -1, *x_T.shape[1:])
+
+    def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        return self.gather(x_T)
+
+    def slots(self, kept_BQK: Tensor) -> Tensor:
+        return self.flat(_shift(kept_BQK, self._starts_B))
+
+    def plan(self, num_early: int) -> Plan:
+        """No row is dense: the first rows of a document may be another process'."""
+        if 0 not in self._plans:
+            from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
+
+            end_T = torch.arange(self.begin, self.end) + 1
+            begin_T = end_T - 1 - self.positions_T.cpu()
+            self._plans[0] = Plan(key_ranges(begin_T, end_T, self.cu_seqlens_S.device))
+        return self._plans[0]
 
 
 class StaticCache:
@@ -267,6 +333,10 @@ class StaticContext(Base):
         self._starts_B = torch.arange(rows, device=self.positions_T.device) * self.cache.length
         self._slots_T = (self._starts_B[:, None] + self.query_positions_BQ).reshape(-1)
 
+    @property
+    def square(self) -> bool:
+        return self.query_positions_BQ.shape[1] == self.num_keys
+
     def grid(self, x_T: Tensor) -> Tensor:
         return x_T.view(*self.query_positions_BQ.shape, *x_T.shape[1:])
 
@@ -294,7 +364,7 @@ class StaticContext(Base):
         return self._plans[num_early]
 
     def pages(self, layer: int) -> Pages | None:
-        if self.query_positions_BQ.shape[1] == self.num_keys:
+        if self.square:
             return None
         entries = self.cache.layers[layer]
         if self._table is None:  # a row of the cache is one block

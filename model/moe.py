@@ -7,6 +7,8 @@ updates it. Next: arch.py.
 Shape letters: T tokens, D hidden, X experts, E experts chosen per token.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,9 +23,11 @@ class DsaMoE(hf.DeepseekV32MoE):
     """Routed plus shared experts on packed tokens."""
 
     layer_idx: int
+    run: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    """What runs the routed experts where not all of them are here, or an engine has its own kernel; None: moe.py."""
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:  # type: ignore[override]  # needs the context
-        """[T, D] -> [T, D]; leaves the chosen experts in the context's record."""
+        """[T, D] -> [T, D]; leaves the chosen experts and the load in the context's record."""
         logits_TX = F.linear(x_TD.float(), self.gate.weight.float())
         weights_TE, experts_TE = route(logits_TX, self.gate)
         if context.replay_experts is not None:
@@ -31,14 +35,15 @@ class DsaMoE(hf.DeepseekV32MoE):
             replayed_TE = context.replay_experts[self.layer_idx].long()
             experts_TE = torch.where(replayed_TE < 0, experts_TE, replayed_TE)
             weights_TE = _gate_weights(logits_TX.sigmoid(), experts_TE, self.gate)
-        context.record(self.layer_idx).experts_TE = experts_TE
-        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
-        if context.run_experts is not None:
-            routed_TD = context.run_experts(x_TD, experts_TE, weights_TE, gate_up, down)
-        else:
-            # Few tokens, as in generation, cost least in one batched product; many, as in training, one by one.
-            run = run_padded if torch.is_inference_mode_enabled() else run_each
-            routed_TD = run(x_TD, experts_TE, weights_TE, gate_up.transpose(1, 2), down.transpose(1, 2))
+        record = context.record(self.layer_idx)
+        record.experts_TE = experts_TE
+        # Not bincount, which waits for the device: a CUDA graph could not capture it.
+        chosen = experts_TE.reshape(-1)
+        record.load_X = chosen.new_zeros(self.gate.num_experts).index_add_(0, chosen, torch.ones_like(chosen))
+        # Few tokens, as in generation, cost least in one batched product; many, as in training, one by one.
+        run = self.run or (run_padded if torch.is_inference_mode_enabled() else run_each)
+        gate_up, down = (w.transpose(1, 2) for w in (self.experts.gate_up_proj, self.experts.down_proj))
+        routed_TD = run(x_TD, experts_TE, weights_TE, gate_up, down)
         return routed_TD + self.shared_experts(x_TD)  # type: ignore[no-any-return]  # nn.Module call
 
 
@@ -83,11 +88,6 @@ def run_padded(x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Te
     out_SD = torch.bmm(swiglu(gate, up), down).flatten(0, 1)
     out_TED = out_SD.index_select(0, slot_TE.view(-1)).view(num_tokens, per_token, -1)
     return out_TED.mul_(weights_TE.to(out_TED.dtype)[..., None]).sum(1)
-
-
-def count_load(experts_TE: Tensor, num_experts: int) -> Tensor:
-    """Tokens routed to each expert, [X]."""
-    return torch.bincount(experts_TE.reshape(-1), minlength=num_experts)
 
 
 @torch.no_grad()

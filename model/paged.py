@@ -19,7 +19,7 @@ from torch import Tensor
 from posttrain.kernels import reference
 from posttrain.kernels.backend import Backend
 from posttrain.kernels.pages import Pages
-from posttrain.model.context import AttentionMode, Base, KeyName, Part, Plan, RunExperts, plan_documents
+from posttrain.model.context import AttentionMode, Base, KeyName, Part, Plan, plan_documents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,6 @@ def paged(
     backend: Backend,
     max_length: int,
     record_kept: bool = False,
-    run_experts: RunExperts | None = None,
 ) -> PagedContext:
     """The context of a pass; no sequence is longer than max_length, which decides the grid of Triton's kernels."""
     num_single = next((i for i, count in enumerate(new.counts_B) if count != 1), len(new.counts_B))
@@ -116,7 +115,6 @@ def paged(
         backend=backend,
         record_kept=record_kept,
         parts=parts,
-        run_experts=run_experts,
         cache=cache,
         slots_T=new.slots_T,
         positions_T=new.positions_T,
@@ -183,6 +181,10 @@ class _Rows(Base):
             lengths_B=self.lengths_B,
             max_length=self.num_keys,
         )
+
+    @property
+    def square(self) -> bool:
+        return self.query_positions_BQ.shape[1] == self.num_keys
 
     def query_mask(self) -> Tensor:
         return torch.ones_like(self.query_positions_BQ, dtype=torch.bool)

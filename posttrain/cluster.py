@@ -2,21 +2,25 @@
 
 Actors live as long as the run and get one stage after another: starting a process and importing
 torch costs seconds, a stage of the demo costs ten. Everything that waits has a deadline and says
-who did not answer. Left out: placement over several nodes and sharded learners.
+who did not answer. With several ranks (cluster.sharding) every call goes to all learner actors at once. Left out:
+placement that knows which GPUs are near each other.
 Next: rollouts/pool.py, learner.py.
 """
 
 import os
+import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import psutil
 import ray
 
 from posttrain import config, process
+from posttrain.group import Group, Place
 from posttrain.learner import Learner, Setup
-from posttrain.rollouts.pool import Pool, PoolSetup, wait
+from posttrain.rollouts.pool import Pool, PoolSetup, no_answer
 from posttrain.rollouts.vllm import launch
 from posttrain.schema import Batch
 
@@ -31,7 +35,7 @@ class Cluster:
         self.backends: dict[str, str] = {}
         """Which kernels run in learner and rollouts, and why, of those started since it was cleared."""
         self._started = False
-        self._learner_actor: Any = None
+        self._learner_actors: list[Any] = []
         self._pool: Pool | None = None
         self._threads = 0
 
@@ -60,35 +64,44 @@ class Cluster:
         return self._threads
 
     def learner(self, setup: Setup) -> "RemoteLearner":
-        """A fresh learner, in the run's one learner actor; close it before asking for the next."""
+        """A fresh learner, in the run's learner actors; close it before asking for the next."""
         self._start()
-        if self._learner_actor is None:
-            options = self._actor_options()
-            self._learner_actor = ray.remote(_LearnerActor).options(**options).remote(self.threads)
+        actors = self._learners()
         cluster = self.cfg.cluster
-        setup = replace(setup, device=self.device, dtype=cluster.dtype)
+        setup = replace(setup, device=self.device, dtype=cluster.dtype, sharding=cluster.sharding)
         setup = replace(setup, backend=cluster.backend, deterministic=cluster.deterministic)
-        self._note("learner", self.wait(self._learner_actor.start.remote(setup), "learner.start"))
-        return RemoteLearner(self, self._learner_actor)
+        backend = self.wait([actor.start.remote(setup) for actor in actors], "learner.start")
+        self._note("learner", backend)
+        return RemoteLearner(self, actors)
 
     def pool(self, setup: PoolSetup) -> Pool:
         """The rollout actors, with a checkpoint loaded; close it before asking for the next."""
         self._start()
         if self._pool is None:
-            self._pool = Pool(self.cfg.cluster, self._actor_options())
+            if self.cfg.cluster.sharding.ranks > 1:
+                self._learners()  # they choose their GPUs first: one each, as NCCL wants it
+            self._pool = Pool(self.cfg.cluster, self._actor_options("engine"))
         cluster = self.cfg.cluster
         setup = replace(setup, device=self.device, dtype=cluster.dtype, threads=self.threads)
         self._pool.start(replace(setup, backend=cluster.backend))
         self._note("rollouts", self._pool.backend)
         return self._pool
 
-    def wait(self, reference: Any, what: str) -> Any:
-        """The value of a Ray reference of the learner, within the deadline.
+    def wait(self, references: Sequence[Any], what: str) -> Any:
+        """The value of the first of the references, one per learner actor, when all are there, within the deadline.
 
-        Raises TimeoutError or ChildProcessError, both with what was asked for.
+        Raises TimeoutError or ChildProcessError, both with what was asked for, or what an actor raised: at once,
+        because the others may be waiting for that one.
         """
+        limit_s = self.cfg.cluster.step_timeout_s
+        until, waiting = time.monotonic() + limit_s, list(references)
         try:
-            return wait(reference, what, self.cfg.cluster.step_timeout_s)
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=max(0.0, until - time.monotonic()))
+                if not done:
+                    raise no_answer(what, limit_s)
+                ray.get(done)
+            return ray.get(references[0])
         except ray.exceptions.RayActorError as error:
             raise ChildProcessError(
                 f"{what}: the process died (killed, or out of memory); run the same command again"
@@ -99,8 +112,32 @@ class Cluster:
             self._say(f"{who}: kernels by {backend}")
         self._told[who] = self.backends[who] = backend
 
-    def _actor_options(self) -> dict[str, Any]:
-        share = 1 / (1 + self.cfg.cluster.rollout_actors) if self.device == "cuda" else 0
+    def _learners(self) -> list[Any]:
+        """The learner actors of the run; several of them have met."""
+        if not self._learner_actors:
+            cluster, size = self.cfg.cluster, self.cfg.cluster.sharding.ranks
+            made = ray.remote(_LearnerActor).options(**self._actor_options("learner"))
+            actors = [made.remote(max(1, self.threads // size)) for _ in range(size)]
+            if size > 1:
+                address = self.wait([actors[0].address.remote()], "learner.address")
+                places = [Place(rank=rank, size=size, address=address) for rank in range(size)]
+                joined = [
+                    actor.join.remote(place, self.device, cluster.step_timeout_s, cluster.sharding.context)
+                    for actor, place in zip(actors, places, strict=True)
+                ]
+                self.wait(joined, "learner.join")
+            self._learner_actors = actors
+        return self._learner_actors
+
+    def _actor_options(self, who: Literal["learner", "engine"]) -> dict[str, Any]:
+        cluster = self.cfg.cluster
+        share = 0.0
+        if self.device == "cuda":
+            ranks = cluster.sharding.ranks
+            per_gpu = -(-cluster.rollout_actors // ranks)
+            # Of several learner actors no two fit on one GPU.
+            mine = 0.6 if ranks > 1 else 1 / (1 + per_gpu)
+            share = mine if who == "learner" else (1 - mine) / per_gpu
         return {"num_cpus": 0, "num_gpus": share}
 
     def _start(self) -> None:
@@ -142,21 +179,20 @@ def _idle_cores() -> int:
 
 
 class RemoteLearner:
-    """The learner in its Ray actor, called like the class itself; close() frees its memory."""
+    """The learner in its Ray actors, called like the class itself; close() frees its memory."""
 
-    def __init__(self, cluster: Cluster, actor: Any) -> None:
-        self._cluster, self._actor = cluster, actor
-        self._pending: Any = None
+    def __init__(self, cluster: Cluster, actors: Sequence[Any]) -> None:
+        self._cluster, self._actors = cluster, actors
+        self._pending: list[Any] | None = None
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a method of Learner and wait for its result."""
-        reference = self._actor.call.remote(method, args, kwargs)
-        return self._cluster.wait(reference, f"learner.{method}")
+        """Run a method of Learner and wait for its result, which is that of the first rank."""
+        return self._cluster.wait(self._call(method, args, kwargs), f"learner.{method}")
 
     def lm_step_soon(self, batches: Sequence[Batch]) -> dict[str, float] | None:
         """Start an LM step; returns the figures of the one before. Batches are made meanwhile."""
         before = self.settle()
-        self._pending = self._actor.call.remote("lm_step", (batches,), {})
+        self._pending = self._call("lm_step", (batches,), {})
         return before
 
     def settle(self) -> dict[str, float] | None:
@@ -169,11 +205,17 @@ class RemoteLearner:
 
     def publish(self) -> Any:
         """A reference to the weights in the object store, to be handed to Pool.load."""
-        return self._actor.call.remote("weights", (), {})
+        return self._call("published", (), {})[0]
 
     def close(self) -> None:
-        """End the stage's learner; the actor stays for the next one."""
-        self._actor.stop.remote()
+        """End the stage's learner; the actors stay for the next one."""
+        for actor in self._actors:
+            actor.stop.remote()
+
+    def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        if len(self._actors) > 1:
+            args = tuple(ray.put(arg) for arg in args)  # sent once, not once for each
+        return [actor.call.remote(method, kwargs, *args) for actor in self._actors]
 
     def __enter__(self) -> Self:
         return self
@@ -191,6 +233,17 @@ class _LearnerActor:
         process.prepare()
         torch.set_num_threads(threads)
         self._learner: Learner | None = None
+        self._group: Group | None = None
+
+    def address(self) -> str:
+        """Where ranks can meet: this machine, at a port that is free now."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def join(self, place: Place, device: str, timeout_s: float, context: int) -> None:
+        """Become a rank."""
+        self._group = Group(place, device=device, timeout_s=timeout_s, context=context)
 
     def start(self, setup: Setup) -> str:
         """A new learner; returns which kernels it runs."""
@@ -200,10 +253,11 @@ class _LearnerActor:
         torch.use_deterministic_algorithms(setup.deterministic)  # what is not ours: index_add, SDPA, ...
         # Its other effect would be a pass over every new buffer.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self._learner = Learner(setup)
+        self._learner = Learner(setup, self._group)
         return str(self._learner.backend)
 
-    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
+        """Arguments that were put in the object store are here again: Ray resolves them at this level alone."""
         function: Callable[..., Any] = getattr(self._learner, method)
         return function(*args, **kwargs)
 

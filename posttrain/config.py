@@ -315,6 +315,15 @@ class Keep(Model):
     about 500 kB per token at 61 layers of 2048 (GLM-5 3.2 finds that impractical and relies on equal kernels)."""
 
 
+class Lora(Model):
+    """Train low-rank adapters of attention and dense MLPs (peft) instead of all weights; merged in fp32 for rollouts
+    and for the stage's checkpoint. The reference of the KL is the model with its adapters off."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    """Adapters count alpha / rank times; larger learns faster at the same rate."""
+
+
 class Rollouts(Model):
     """How completions are generated."""
 
@@ -346,6 +355,8 @@ class Rl(_Stage):
     updates_per_step: int = Field(1, ge=1)
     """Optimizer steps per batch of rollouts; more than 1 is off-policy."""
     optimizer: Optimizer
+    lora: Lora | None = None
+    """None: all weights train."""
     loss: Loss = Loss()
     keep: Keep = Keep()
     refill_rounds: int = Field(0, ge=0)
@@ -383,6 +394,8 @@ class Sft(_Stage):
     steps: int = Field(ge=1)
     sequences_per_step: int = Field(48, ge=1)
     optimizer: Optimizer
+    lora: Lora | None = None
+    """None: all weights train."""
 
 
 class Export(_Stage):
@@ -398,6 +411,38 @@ Stage = Annotated[
 ]
 
 
+class Sharding(Model):
+    """How the learner is spread over processes, one per GPU; parameters, gradients and moments are cut (FSDP2)."""
+
+    ranks: int = Field(1, ge=1)
+    """Learner processes. 1 trains without any wrapper."""
+    context: int = Field(1, ge=1)
+    """Ranks that share each batch, a part of its tokens each; more for sequences too long for one."""
+    reshard: bool = True
+    """Give a layer's whole weights up after its forward pass and collect them again backward; false is faster and
+    keeps the whole model on every rank during a step."""
+    mixed_precision: bool = False
+    """Parameters, sums of gradients and moments in fp32, products in cluster.dtype. Twice the memory for weights."""
+    spread_experts: bool = False
+    """Each rank keeps a share of the routed experts whole and tokens travel to them, instead of collecting all experts
+    of a layer on every rank; pays where they are most of the model."""
+    offload: bool = False
+    """Parameters and moments wait in host memory; slow, for models that do not fit otherwise. Needs a GPU."""
+    recompute: bool = False
+    """Keep only the input of each layer and compute the rest again backward: far less memory, a third more work."""
+
+    @model_validator(mode="after")
+    def _only_for_several(self) -> Self:
+        for name in ("mixed_precision", "spread_experts", "offload"):
+            if self.ranks == 1 and getattr(self, name):
+                raise ValueError(
+                    f"{name} = true with ranks = 1: one process has no shards; set ranks = 2 or more"
+                )
+        if self.ranks % self.context:
+            raise ValueError(f"context = {self.context} does not divide ranks = {self.ranks}")
+        return self
+
+
 class Cluster(Model):
     """Where the work runs."""
 
@@ -406,6 +451,7 @@ class Cluster(Model):
     rollout_actors: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if torch sees one."""
+    sharding: Sharding = Sharding()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter type of learner and engines."""
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -437,6 +483,19 @@ class Learner(Model):
     """Tokens of one forward and backward pass; memory grows with it."""
 
 
+class Snapshots(Model):
+    """What a killed training stage goes on from, to the bit: weights, optimizer, random numbers, data."""
+
+    every_s: float = Field(600, gt=0)
+    """Take one when so many seconds have passed since the last; fewer lose less work and cost more writing."""
+    every_steps: int = Field(0, ge=0)
+    """Also take one after every so many steps of the stage; 0 = by the clock alone."""
+    keep: int = Field(2, ge=1)
+    """Snapshots kept of a stage; the one before the last serves where the last is damaged. None outlives its stage."""
+    asynchronous: bool = False
+    """Write while training goes on, from a copy in host memory. Until it is written, the one before counts."""
+
+
 class Run(Model):
     """A whole recipe."""
 
@@ -448,6 +507,7 @@ class Run(Model):
     """What a reader of the report must know."""
     cluster: Cluster = Cluster()
     learner: Learner = Learner()
+    snapshots: Snapshots = Snapshots()
     rollouts: Rollouts = Rollouts()
     evaluation: Evaluation = Evaluation()
     domains: list[Domain] = []

@@ -65,6 +65,16 @@ def explain_full(folder: Path) -> Iterator[None]:
         raise full(folder) from error
 
 
+def sync_files(folder: Path, *, skip: str) -> None:
+    """Make every file below a folder durable, but those in folders called skip."""
+    for parent, folders, names in os.walk(folder):
+        if skip in folders:
+            folders.remove(skip)
+        for name in names:
+            sync_folder(Path(parent, name))  # a file is synced in the same way
+        sync_folder(Path(parent))
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable (fsync of the files does not cover them)."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 from posttrain.config import Run, is_path
 from posttrain.ledger import StageLedger
 from posttrain.metrics import Metrics
+from posttrain.snapshots import Snapshots
 
 if TYPE_CHECKING:  # it imports Ray, which a stage that only copies files does not need
     from posttrain.cluster import Cluster
@@ -26,6 +27,8 @@ class Job:
     cluster: "Cluster"
     metrics: Metrics
     ledger: StageLedger
+    snapshots: Snapshots
+    """Only training stages take any: rl.py and lm.py."""
     seed: int
     """Derived from the run's seed and the name: stages do not share random numbers."""
 

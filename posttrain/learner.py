@@ -1,8 +1,9 @@
 """The learner: one model, one optimizer, language-model steps and GRPO steps on packed batches.
 
-A plain class; cluster.py makes it a Ray actor. Gradients of all micro-batches of a step are summed, with
-every weight fixed beforehand (packing.py). A step that is not finite moves nothing (optimizer.py). Left out here:
-sharding over several GPUs. Next: loss.py.
+A plain class; cluster.py makes it a Ray actor, or several of which each holds a part of the model (group.py): then
+every method is called on all of them at once, with the same arguments. Gradients of all micro-batches of a step are
+summed, with every weight fixed beforehand (packing.py). A step that is not finite moves nothing (optimizer.py).
+Next: loss.py.
 
 Shape letters: T tokens of a batch, M valid (predicted) tokens of it, X experts.
 """
@@ -11,7 +12,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from posttrain import config, logprob, loss
+from posttrain import config, diagnosis, logprob, loss, training_state
+from posttrain.device_batch import DeviceBatch, on_device
+from posttrain.group import Group, Pass, Value, in_order, total
 from posttrain.kernels.backend import Choice
-from posttrain.model import checkpoint
-from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext
-from posttrain.model.moe import count_load, update_bias
+from posttrain.model import checkpoint, lora
+from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext, PartContext
+from posttrain.model.moe import update_bias
 from posttrain.model.weights import Weights, pack
 from posttrain.optimizer import Optimizers
 from posttrain.schema import Batch
+from posttrain.shards import whole
 
 Figures = dict[str, float]
 
@@ -47,12 +52,17 @@ class Setup:
     """"model", "indexer" or both."""
     indexer_loss: IndexerLoss = "none"
     balance_speed: float = 0.0
+    lora: config.Lora | None = None
+    """Train adapters in place of the model's weights."""
     reference: bool = False
-    """Keep a frozen copy of the starting policy for the KL."""
+    """Keep the starting policy for the KL: a frozen copy, or the model with its adapters off."""
+    sharding: config.Sharding = field(default_factory=config.Sharding)
     device: str = "cpu"
     dtype: str = "float32"
     backend: Choice = "auto"
     deterministic: bool = False
+    max_logits: int = logprob.MAX_LOGITS
+    """That exist together, at most."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,38 +78,47 @@ class Setup:
                 'indexer_loss="sparse" with attention="dense": nothing is selected, so the indexers would stay '
                 'as they are; use attention="sparse" or indexer_loss="dense"'
             )
-
-
-@dataclass(slots=True)
-class _Tensors:
-    """A batch on the device, its valid tokens singled out."""
-
-    tokens_T: Tensor
-    cu_seqlens_S: Tensor
-    at_M: Tensor
-    targets_M: Tensor
-    weight_M: Tensor
-    sequence_M: Tensor
-    experts_NTE: Tensor | None
-    kept_NTK: Tensor | None
-    kept_ids: logprob.KeptIds | None
+        if self.lora is not None and trains:
+            raise ValueError(
+                'lora with indexers that train: adapters alone train there; set indexer = "freeze" or leave lora out'
+            )
+        if self.sharding.offload and self.device == "cpu":
+            raise ValueError("sharding.offload = true on the CPU: parameters are in host memory as it is")
 
 
 class Learner:
     """Owns the training state of one stage."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, group: Group | None = None) -> None:
         torch.manual_seed(setup.seed)
-        self.setup = setup
+        self.setup, self.group = setup, group
+        self._sharing = None if group is None else group.sharing
+        self._counts = group is None or group.counts
         dtype = getattr(torch, setup.dtype)
-        self.model = checkpoint.load(setup.checkpoint, dtype=dtype, device=setup.device)
+        self.model = checkpoint.load(
+            setup.checkpoint,
+            dtype=torch.float32 if setup.sharding.mixed_precision else dtype,
+            device=setup.device if group is None else "cpu",  # the shards alone reach the device
+        )
         self.model.train()
-        self.backend = self.model.backend(setup.backend, deterministic=setup.deterministic)
-        self.reference = deepcopy(self.model).requires_grad_(False) if setup.reference else None
+        self.backend = self.model.backend(
+            setup.backend, deterministic=setup.deterministic, device=torch.device(setup.device), dtype=dtype
+        )
+        for layer in self.model.model.layers:
+            layer.recompute = setup.sharding.recompute
+        self.reference: Any = None
+        if setup.lora is not None:
+            lora.inject(self.model, rank=setup.lora.rank, alpha=setup.lora.alpha)
+        elif setup.reference:
+            self.reference = deepcopy(self.model).requires_grad_(False)
+        if group is not None:
+            for model in filter(None, (self.model, self.reference)):
+                group.shard(model, setup.sharding, dtype)
         self.optimizers = Optimizers(
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
         )
         self.version = 0
+        self._writer = training_state.Writer(None if group is None else group.snapshots)
         self._load: dict[int, Any] = {}
         self._nonfinite_ids: list[str] = []
         self._nonfinite_steps = 0
@@ -111,13 +130,13 @@ class Learner:
         """
         sums: defaultdict[str, float] = defaultdict(float)
         with_lm = "model" in self.setup.train
-        for batch in batches:
-            tensors = self._tensors(batch)
+        for each in self._passes(batches):
+            tensors = self._on_device(each.batch)
             context = self._context(tensors, self.setup.indexer_loss)
             logp_M = self._logprobs(self.model, tensors, context)
             lm_loss = -(tensors.weight_M * logp_M).sum()
             total = lm_loss if with_lm else lm_loss.detach()
-            self._backward(total, lm_loss, batch, context, sums, share=self._share(batches))
+            self._backward(total, lm_loss, each, context, sums, share=self._share(batches))
         return self._finish(sums, batches)
 
     def grpo_step(
@@ -128,99 +147,137 @@ class Learner:
         What batches carry of the engine's choices (kept entries, experts, sampling mask) replaces the model's own,
         for the policy and for the reference.
         """
-        seen: list[NDArray[np.float32]] = []
+        seen: dict[int, NDArray[np.float32]] = {}
         sums: defaultdict[str, float] = defaultdict(float)
         valid = sum(int(b.mask_T.sum()) for b in batches)
-        for batch in batches:
-            tensors = self._tensors(batch)
+        for each in self._passes(batches):
+            batch, tensors = each.batch, self._on_device(each.batch)
             context = self._context(tensors, self.setup.indexer_loss)
-            policy = self._policy(tensors, context, temperature, with_entropy=settings.entropy_coef > 0)
-            seen.append(policy[0].detach().cpu().numpy())
+            with_entropy = settings.entropy_coef > 0
+            policy = self._policy(self.model, tensors, context, temperature, with_entropy=with_entropy)
             values = self._values(batch, tensors, policy, settings, temperature)
             objective, figures = loss.policy_loss(values, settings)
-            for name, value in figures.items():
-                sums[name] += float(value) / valid
-            self._backward(objective, objective, batch, context, sums, share=self._share(batches))
-        return self._finish(sums, batches), seen
+            if each.index is not None:
+                seen[each.index] = policy[0].detach().cpu().numpy()
+                for name, value in figures.items():
+                    sums[name] += self._counts * float(value) / valid
+            self._backward(objective, objective, each, context, sums, share=self._share(batches))
+        return self._finish(sums, batches), self._in_order(seen)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """Log-probs of the valid tokens of each batch under the current weights and what the batch replays."""
-        tensors = [self._tensors(b) for b in batches]
-        return [self._logprobs(self.model, t, self._context(t), temperature).cpu().numpy() for t in tensors]
+        found: dict[int, NDArray[np.float32]] = {}
+        for each in self._passes(batches):
+            tensors = self._on_device(each.batch)
+            logp_M = self._logprobs(self.model, tensors, self._context(tensors), temperature)
+            if each.index is not None:
+                found[each.index] = logp_M.cpu().numpy()
+        return self._in_order(found)
 
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """Held-out figures of the DSA conversion: LM loss dense and sparse, KL and top-k recall per layer.
+        """Held-out figures of the DSA conversion (diagnosis.py). Every rank runs all batches."""
+        found = (self._on_device(batch) for batch in batches)
 
-        Losses and recall count only tokens predicted from a query with more than top-k causal keys.
-        """
-        topk = int(self.model.config.index_topk)
-        sums = {"lm_loss_dense": 0.0, "lm_loss_sparse": 0.0}
-        kl: defaultdict[int, float] = defaultdict(float)
-        recall: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros(2))
-        load: dict[int, Tensor] = {}
-        counted = targets = queries = 0
-        for batch in batches:
-            tensors = self._tensors(batch)
-            for mode in ("dense", "sparse"):
-                context = PackedContext(
-                    attention=mode,
-                    backend=self.backend,
-                    indexer_loss="dense" if mode == "dense" else "none",
-                    diagnose=mode == "sparse",
-                    cu_seqlens_S=tensors.cu_seqlens_S,
-                )
-                logp_M = self._logprobs(self.model, tensors, context)
-                long_M = context.positions_T[tensors.at_M] >= topk
-                sums[f"lm_loss_{mode}"] -= float(logp_M[long_M].sum())
-                for layer, record in context.records.items():
-                    if record.kl_value is not None:
-                        kl[layer] += float(record.kl_value)
-                    if record.recall is not None:
-                        recall[layer] += record.recall.cpu()
-                    if record.experts_TE is not None and mode == "sparse":
-                        load[layer] = load.get(layer, 0) + self._count_load(record.experts_TE).cpu()
-            targets += int(long_M.sum())
-            counted += int((context.positions_T >= topk).sum())
-            queries += len(batch.tokens_T)
-        layers = [
-            {
-                "layer": n,
-                "kl": kl[n] / queries,
-                "recall": float(recall[n][0]) / max(counted, 1),
-                "recall_oracle": float(recall[n][1]) / max(counted, 1),
-                "recall_ratio": float(recall[n][0] / recall[n][1].clamp(min=1e-30)),
-            }
-            for n in sorted(recall)
-        ]
-        means = {name: value / max(targets, 1) for name, value in sums.items()}
-        return means | {
-            "layers": layers,
-            "expert_load": {n: (x / x.sum()).tolist() for n, x in sorted(load.items())},
-            "heldout_tokens": queries,
-            "counted_queries": counted,
-            "counted_targets": targets,
-        }
+        def run(tensors: DeviceBatch, context: PackedContext) -> Tensor:
+            return self._logprobs(self.model, tensors, context)
 
-    def weights(self) -> Weights:
-        """What engines are sent."""
-        return pack(self.model.state_dict())
+        return diagnosis.measure(found, run, self.backend, topk=int(self.model.config.index_topk))
+
+    def weights(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, adapters merged, on the CPU; of several ranks the first has it."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            weight = whole(tensor.detach())
+            if self._first:
+                found[name] = weight.cpu()
+        adapters = self.setup.lora
+        if adapters is None or not self._first:
+            return found
+        return lora.merged(found, rank=adapters.rank, alpha=adapters.alpha)
+
+    def published(self) -> Weights:
+        """The same with its checksum: what engines are sent."""
+        return pack(self.weights())
 
     def save(self, path: Path, *, dense: bool = False) -> None:
         """Write a Hugging Face checkpoint; dense drops the indexers and writes deepseek_v3."""
+        model = self.model
+        if self.group is not None or self.setup.lora is not None:
+            weights = self.weights()
+            if not self._first:
+                return
+            model = checkpoint.from_weights(self.model.config, weights)
         tokenizer = checkpoint.load_tokenizer(self.setup.checkpoint)
         write = checkpoint.save_dense if dense else checkpoint.save
-        write(self.model, path, tokenizer)
+        write(model, path, tokenizer)
 
-    def _context(self, tensors: _Tensors, indexer_loss: IndexerLoss = "none") -> PackedContext:
-        """The one way to run a batch: policy, old policy and reference replay the same choices."""
-        context = PackedContext(
-            attention=self.setup.attention,
-            backend=self.backend,
-            indexer_loss=indexer_loss,
-            cu_seqlens_S=tensors.cu_seqlens_S,
+    def snapshot(self, folder: Path) -> None:
+        """Begin to write everything that restore needs; training may go on at once."""
+        counters = training_state.Counters(
+            version=self.version,
+            nonfinite_steps=self._nonfinite_steps,
+            nonfinite_ids=tuple(self._nonfinite_ids),
+            schedule_step=self.optimizers.step_count,
+            norms=self.optimizers.norms,
         )
+        self._writer.start(folder, self.model, self.optimizers, counters)
+
+    def snapshot_written(self) -> bool:
+        """Whether the snapshot is written; raises what went wrong."""
+        if self._writer.ready():
+            self._writer.finish()
+            return True
+        return False
+
+    def snapshot_finish(self) -> None:
+        """Wait until the snapshot is written."""
+        self._writer.finish()
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a snapshot of a learner with the same setup."""
+        group = None if self.group is None else self.group.snapshots
+        counters = training_state.read(folder, self.model, self.optimizers, group)
+        self.version = counters.version
+        self._nonfinite_steps, self._nonfinite_ids = counters.nonfinite_steps, list(counters.nonfinite_ids)
+        self.optimizers.restore(counters.schedule_step, counters.norms)
+
+    def finish(self, path: Path, *, dense: bool = False) -> dict[str, str]:
+        """Save the checkpoint; in deterministic mode also tell the hash of weights and optimizer, to compare runs by."""
+        self.save(path, dense=dense)
+        if not self.setup.deterministic:
+            return {}
+        return {"state_sha256": training_state.digest(self.model, self.optimizers)}
+
+    @property
+    def _first(self) -> bool:
+        """Whether this process speaks for all ranks."""
+        return self.group is None or self.group.rank == 0
+
+    def _passes(self, batches: Sequence[Batch]) -> list[Pass]:
+        if self.group is None:
+            return [Pass(batch, i) for i, batch in enumerate(batches)]
+        return self.group.passes(batches)
+
+    def _in_order(self, found: dict[int, Value]) -> list[Value]:
+        return in_order([found] if self.group is None else self.group.collect(found))
+
+    def _context(self, tensors: DeviceBatch, indexer_loss: IndexerLoss = "none") -> PackedContext:
+        """The one way to run a batch: policy, old policy and reference replay the same choices."""
+        common: dict[str, Any] = {
+            "attention": self.setup.attention,
+            "backend": self.backend,
+            "indexer_loss": indexer_loss,
+            "cu_seqlens_S": tensors.cu_seqlens_S,
+        }
+        if self._sharing is None:
+            context = PackedContext(**common)
+        else:
+            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
+            tensors = tensors.cut(part)
+            gather = partial(self._sharing.keys, part=part)
+            context = PartContext(**common, begin=part.begin, end=part.end, gather=gather)
         if tensors.kept_NTK is not None:
             context.replay_kept = dict(enumerate(tensors.kept_NTK))
         if tensors.experts_NTE is not None:
@@ -228,38 +285,13 @@ class Learner:
             context.replay_experts = dict(zip(layers, tensors.experts_NTE, strict=True))
         return context
 
-    def _tensors(self, batch: Batch) -> _Tensors:
-        device = self.setup.device
-        valid_M = np.flatnonzero(batch.mask_T)
-        lengths_S = np.diff(batch.cu_seqlens_S)
-        sequence_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
-
-        def tensor(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        kept_ids = None
-        if batch.sampling_mask is not None:
-            counts_M = batch.sampling_mask.counts[valid_M]
-            masked_N = np.flatnonzero(counts_M)
-            rows_R = np.repeat(np.arange(len(masked_N)), counts_M[masked_N])
-            ids_R = batch.sampling_mask.ids.astype(np.int64)
-            kept_ids = logprob.KeptIds(tensor(masked_N), tensor(rows_R), tensor(ids_R))
-        return _Tensors(
-            tokens_T=tensor(batch.tokens_T),
-            cu_seqlens_S=tensor(batch.cu_seqlens_S),
-            at_M=tensor(valid_M - 1),
-            targets_M=tensor(batch.tokens_T[valid_M]),
-            weight_M=tensor(batch.weight_T[valid_M]),
-            sequence_M=tensor(sequence_T[valid_M]),
-            experts_NTE=None if batch.experts_NTE is None else tensor(batch.experts_NTE),
-            kept_NTK=None if batch.kept_NTK is None else tensor(batch.kept_NTK),
-            kept_ids=kept_ids,
-        )
+    def _on_device(self, batch: Batch) -> DeviceBatch:
+        return on_device(batch, self.setup.device)
 
     def _values(
         self,
         batch: Batch,
-        tensors: _Tensors,
+        tensors: DeviceBatch,
         policy: tuple[Tensor, Tensor | None],
         settings: config.Loss,
         temperature: float,
@@ -294,26 +326,46 @@ class Learner:
         )
 
     def _logprobs(
-        self, model: Any, tensors: _Tensors, context: PackedContext, temperature: float = 1.0
+        self, model: Any, tensors: DeviceBatch, context: PackedContext, temperature: float = 1.0
     ) -> Tensor:
-        logits_MV = model(tensors.tokens_T, context, tensors.at_M)
-        return logprob.sampled_logprobs(logits_MV, tensors.targets_M, temperature, tensors.kept_ids)
+        return self._policy(model, tensors, context, temperature)[0]
 
     def _policy(
-        self, tensors: _Tensors, context: PackedContext, temperature: float, *, with_entropy: bool
+        self,
+        model: Any,
+        tensors: DeviceBatch,
+        context: PackedContext,
+        temperature: float,
+        *,
+        with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and, if wanted, entropies [M]; the logits are gone on return but for what autograd needs."""
-        if not with_entropy:
-            return self._logprobs(self.model, tensors, context, temperature), None
-        logits_MV = self.model(tensors.tokens_T, context, tensors.at_M)
-        logp_M = logprob.sampled_logprobs(logits_MV, tensors.targets_M, temperature, tensors.kept_ids)
-        return logp_M, logprob.entropy(logits_MV, temperature)
+        """Log-probs and, if wanted, entropies [M], of the whole batch also where ranks share it."""
+        part = None
+        if isinstance(context, PartContext):
+            assert self._sharing is not None, "the context is from _context"
+            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
+            tensors = tensors.cut(part)
+
+        def read(x_MD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor | None]:
+            given = (tensors.targets_M, temperature, tensors.kept_ids)
+            limit = self.setup.max_logits
+            return logprob.head_logprobs(x_MD, head_VD, *given, with_entropy=with_entropy, max_logits=limit)
+
+        logp_M, entropy_M = model(tensors.tokens_T, context, tensors.at_M, read)
+        if part is not None and self._sharing is not None:
+            logp_M = self._sharing.valid(logp_M, part)
+            entropy_M = None if entropy_M is None else self._sharing.valid(entropy_M, part)
+        return logp_M, entropy_M
 
     @torch.no_grad()
-    def _reference_logprobs(self, tensors: _Tensors, temperature: float) -> Tensor | None:
-        if self.reference is None:
+    def _reference_logprobs(self, tensors: DeviceBatch, temperature: float) -> Tensor | None:
+        if not self.setup.reference:
             return None
-        return self._logprobs(self.reference, tensors, self._context(tensors), temperature)
+        context = self._context(tensors)
+        if self.setup.lora is None:
+            return self._logprobs(self.reference, tensors, context, temperature)
+        with lora.without(self.model):
+            return self._logprobs(self.model, tensors, context, temperature)
 
     def _share(self, batches: Sequence[Batch]) -> float:
         """1 / tokens of the whole step: the indexer's KL is a mean over all query tokens."""
@@ -323,7 +375,7 @@ class Learner:
         self,
         total: Tensor,
         shown: Tensor,
-        batch: Batch,
+        each: Pass,
         context: PackedContext,
         sums: defaultdict[str, float],
         *,
@@ -331,24 +383,31 @@ class Learner:
     ) -> None:
         """Add the gradients of total and of the indexers' KL; `shown` is the loss in the figures."""
         value = float(shown.detach())
-        sums["loss"] += value
+        sums["loss"] += self._counts * value
         if not math.isfinite(value):
-            self._nonfinite_ids.extend(batch.ids)
+            self._nonfinite_ids.extend(each.batch.ids)
+        if each.index is None:
+            share = 0.0
         for _, record in sorted(context.records.items()):
             if record.kl is not None:
                 # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
                 total = total + record.kl * share
         total.backward()
+        if each.index is None:
+            return
         for layer, record in sorted(context.records.items()):
             if record.kl_value is not None:  # known only now
                 sums[f"indexer_kl/{layer}"] += float(record.kl_value) * share
-            if record.experts_TE is not None:
-                self._load[layer] = self._load.get(layer, 0) + self._count_load(record.experts_TE)
-
-    def _count_load(self, experts_TE: Tensor) -> Tensor:
-        return count_load(experts_TE, self.model.config.n_routed_experts)
+            if record.load_X is not None:
+                self._load[layer] = self._load.get(layer, 0) + record.load_X
 
     def _finish(self, sums: defaultdict[str, float], batches: Sequence[Batch]) -> Figures:
+        if self.group is not None:
+            load = {layer: load_X.cpu() for layer, load_X in self._load.items()}
+            known = self.group.collect((dict(sums), load, self._nonfinite_ids))
+            sums.update(total([figures for figures, _, _ in known]))
+            self._load = total([part for _, part, _ in known])
+            self._nonfinite_ids = list(dict.fromkeys(id for _, _, ids in known for id in ids))
         figures = dict(sums) | self.optimizers.step(finite=math.isfinite(sums["loss"]))
         self._count_nonfinite("nonfinite" in figures, batches)
         moved = "skipped" not in figures

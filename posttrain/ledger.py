@@ -3,7 +3,8 @@
 ledger.jsonl holds one event per line with the ids it is about:
 {"event": "trained", "stage": "rl-math", "attempt": 1, "ids": [...], "time": ...}. A sample is
 (stage, attempt, id): a stage that is run again starts a new attempt, and what an earlier one did is
-abandoned together with its learner. An id stands for one planned use of a row, so where a row is
+abandoned together with its learner. An attempt that goes on from a snapshot keeps its number; abandoned is what it
+did after that snapshot. An id stands for one planned use of a row, so where a row is
 used in several epochs the epoch is a part of the id. Next: store.py, which commits the attempt.
 """
 
@@ -28,7 +29,8 @@ class Counts:
     failed: int = 0
     """Given up after an error."""
     abandoned: int = 0
-    """In attempts that a later attempt replaced, whatever had become of them there."""
+    """In attempts that a later attempt replaced, or after a snapshot that was gone back to, whatever had become of
+    them there."""
     lost: int = 0
     """Planned and never heard of again: must be 0 in a finished run."""
     duplicated: int = 0
@@ -47,6 +49,40 @@ class _Sample:
     trained: int = 0
     filtered: bool = False
     failed: bool = False
+
+    def plus(self, other: "_Sample") -> "_Sample":
+        return _Sample(
+            planned=self.planned + other.planned,
+            trained=self.trained + other.trained,
+            filtered=self.filtered or other.filtered,
+            failed=self.failed or other.failed,
+        )
+
+
+@dataclass(slots=True)
+class _Account:
+    """The samples of one attempt, cut at its snapshots."""
+
+    parts: list[tuple[int | None, dict[str, _Sample]]] = field(default_factory=lambda: [(None, {})])
+    """Step of the snapshot a part begins at (None: the attempt's beginning), and its samples by id."""
+    abandoned: Counts = field(default_factory=Counts)
+
+    def samples(self) -> list[_Sample]:
+        """Those that count. An id in two parts was planned twice, unless the later one only ends it."""
+        merged: dict[str, _Sample] = {}
+        for _, part in self.parts:
+            for id, sample in part.items():
+                merged[id] = merged[id].plus(sample) if id in merged else sample
+        return list(merged.values())
+
+    def back_to(self, step: int) -> None:
+        """Abandon what came after the last snapshot of that step."""
+        at = max((i for i, (begin, _) in enumerate(self.parts) if begin == step), default=None)
+        if at is None:
+            raise ValueError(f"ledger.jsonl: resumed from a snapshot of step {step} that was never taken")
+        dropped = [sample for _, part in self.parts[at:] for sample in part.values()]
+        self.abandoned = _add(self.abandoned, _abandoned(dropped))
+        self.parts[at:] = [(step, {})]
 
 
 @dataclass(slots=True)
@@ -77,6 +113,11 @@ class Ledger:
         self.append({"event": "attempt", "stage": stage, "attempt": attempt})
         return StageLedger(self, stage, attempt)
 
+    def resume(self, stage: str, attempt: int, step: int) -> "StageLedger":
+        """Go on with an attempt after its snapshot of a step; what came after that is abandoned."""
+        self.append({"event": "resumed", "stage": stage, "attempt": attempt, "step": step})
+        return StageLedger(self, stage, attempt)
+
     def committed(self, stage: str, attempt: int) -> None:
         """Record, once, that the stage's output comes from this attempt."""
         if self._now().current.get(stage) != _Attempt(attempt, True):
@@ -85,18 +126,19 @@ class Ledger:
     def counts(self, *, running: bool = False) -> Counts:
         """Count the samples; with running=True those under way are in flight instead of lost."""
         state = _State()
-        samples: dict[tuple[str, int], dict[str, _Sample]] = defaultdict(dict)
+        attempts: dict[tuple[str, int], _Account] = defaultdict(_Account)
         for row in self._lines.rows():
             _follow(state, row)
-            _count(samples[row["stage"], row["attempt"]], row)
+            _count(attempts[row["stage"], row["attempt"]], row)
         total = Counts()
-        for (stage, number), of_attempt in samples.items():
+        for (stage, number), account in attempts.items():
+            total = _add(total, account.abandoned)
             current = state.current.get(stage)
             if current is None or number != current.number:
-                total = _add(total, _abandoned(of_attempt.values()))
+                total = _add(total, _abandoned(account.samples()))
             else:
                 open_ones = running and not current.committed
-                total = _add(total, _finished(of_attempt.values(), in_flight=open_ones))
+                total = _add(total, _finished(account.samples(), in_flight=open_ones))
         return total
 
     def append(self, event: Mapping[str, Any]) -> None:
@@ -148,6 +190,10 @@ class StageLedger:
         """Given up."""
         self._write("failed", ids, reason=reason)
 
+    def snapshot(self, step: int) -> None:
+        """Everything so far is in the snapshot of this step (if that is completed: see resume)."""
+        self._ledger.append({"event": "snapshot", "stage": self.stage, "attempt": self.attempt, "step": step})
+
     def generation_failed(self, ids: Iterable[str], actor: str, error: str) -> None:
         """An actor died or timed out with these; they stay planned, another one takes over."""
         self._write("generation_failed", ids, actor=actor, error=error)
@@ -160,27 +206,33 @@ class StageLedger:
 
 def _follow(state: _State, row: Mapping[str, Any]) -> None:
     stage, attempt = row["stage"], row["attempt"]
-    if row["event"] == "attempt":
+    if row["event"] in ("attempt", "resumed"):
         state.newest[stage] = max(attempt, state.newest.get(stage, 0))
         state.current[stage] = _Attempt(attempt)
     elif row["event"] == "committed":
         state.current[stage] = _Attempt(attempt, True)
 
 
-def _count(samples: dict[str, _Sample], row: Mapping[str, Any]) -> None:
+def _count(account: _Account, row: Mapping[str, Any]) -> None:
     event = row["event"]
-    if event not in ("planned", "trained", "filtered", "failed"):
-        return
-    for name in row["ids"]:
-        sample = samples.setdefault(name, _Sample())
-        if event == "planned":
-            sample.planned += 1
-        elif event == "trained":
-            sample.trained += 1
-        elif event == "filtered":
-            sample.filtered = True
-        else:
-            sample.failed = True
+    if event == "snapshot":
+        account.parts.append((row["step"], {}))
+    elif event == "resumed":
+        account.back_to(row["step"])
+    elif event in ("planned", "trained", "filtered", "failed"):
+        for name in row["ids"]:
+            _note(account.parts[-1][1].setdefault(name, _Sample()), event)
+
+
+def _note(sample: _Sample, event: str) -> None:
+    if event == "planned":
+        sample.planned += 1
+    elif event == "trained":
+        sample.trained += 1
+    elif event == "filtered":
+        sample.filtered = True
+    else:
+        sample.failed = True
 
 
 def _abandoned(samples: Iterable[_Sample]) -> Counts:

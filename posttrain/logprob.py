@@ -2,17 +2,24 @@
 
 Keep Sampling Mask (V3.2 3.1): a token that was drawn from a cut distribution has the probability that it had
 there, for the policy, the old policy and the reference alike; the set is the engine's and is not found anew, since
-another policy would cut elsewhere. Next: loss.py.
+another policy would cut elsewhere. The logits [M, V] of many tokens never exist together: those of a few at a time
+do, and again in the backward pass. Next: loss.py.
 
-Shape letters: M valid tokens, V vocabulary, R kept vocabulary entries of all tokens together.
+Shape letters: M valid tokens, D hidden, V vocabulary, R kept vocabulary entries of all tokens together.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from posttrain.model.arch import target_logprobs
+
+MAX_LOGITS = 1 << 26
+"""Logits that exist together: 256 MiB in fp32, three times that in the backward pass. More tokens at a time
+gain nothing: 519 rows of a vocabulary of 129,280 are a product that keeps a GPU busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +32,51 @@ class KeptIds:
     """Where in masked_N the owner of each entry stands, int64."""
     ids_R: Tensor
     """int64."""
+
+    def part(self, begin: int, end: int) -> "KeptIds | None":
+        """Those of the tokens begin .. end - 1, counted from begin; None if none of them has a set."""
+        first, last = torch.searchsorted(self.masked_N, self.masked_N.new_tensor([begin, end])).tolist()
+        if first == last:
+            return None
+        low, high = torch.searchsorted(self.rows_R, self.rows_R.new_tensor([first, last])).tolist()
+        return KeptIds(self.masked_N[first:last] - begin, self.rows_R[low:high] - first, self.ids_R[low:high])
+
+
+def head_logprobs(
+    x_MD: Tensor,
+    head_VD: Tensor,
+    targets_M: Tensor,
+    temperature: float,
+    kept: KeptIds | None,
+    *,
+    with_entropy: bool = False,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the targets and, if wanted, entropies, fp32 [M], from hidden states and the vocabulary head."""
+    rows = max(1, max_logits // len(head_VD))
+    if len(x_MD) <= rows:
+        return _of_rows(x_MD, head_VD, targets_M, temperature, kept, with_entropy)
+    parts = []
+    for begin in range(0, len(x_MD), rows):
+        end = min(begin + rows, len(x_MD))
+        kept_part = None if kept is None else kept.part(begin, end)
+        given = (x_MD[begin:end], head_VD, targets_M[begin:end], temperature, kept_part, with_entropy)
+        parts.append(checkpoint(_of_rows, *given, use_reentrant=False, preserve_rng_state=False))
+    logp_M = torch.cat([logp for logp, _ in parts])
+    return logp_M, torch.cat([entropy for _, entropy in parts]) if with_entropy else None
+
+
+def _of_rows(
+    x_MD: Tensor,
+    head_VD: Tensor,
+    targets_M: Tensor,
+    temperature: float,
+    kept: KeptIds | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    logits_MV = _at_least_fp32(F.linear(x_MD, head_VD))
+    logp_M = sampled_logprobs(logits_MV, targets_M, temperature, kept)
+    return logp_M, entropy(logits_MV, temperature) if with_entropy else None
 
 
 def sampled_logprobs(
@@ -47,7 +99,7 @@ def kept_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float, kept
     num_masked, vocabulary = len(kept.masked_N), logits_MV.shape[1]
     at_N = kept.masked_N * vocabulary
     wanted = torch.cat((at_N[kept.rows_R] + kept.ids_R, at_N + targets_M[kept.masked_N]))
-    picked = logits_MV.reshape(-1).index_select(0, wanted).float() / temperature
+    picked = _at_least_fp32(logits_MV.reshape(-1).index_select(0, wanted)) / temperature
     kept_R, target_N = picked.split((len(kept.ids_R), num_masked))
     largest_N = kept_R.new_full((num_masked,), float("-inf"))
     largest_N = largest_N.scatter_reduce(0, kept.rows_R, kept_R.detach(), "amax")
@@ -58,5 +110,9 @@ def kept_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float, kept
 
 def entropy(logits_MV: Tensor, temperature: float) -> Tensor:
     """Entropy in nats of softmax(logits / temperature), fp32 [M], of the whole vocabulary: what a cut hides counts."""
-    logp_MV = torch.log_softmax(logits_MV.float() / temperature, dim=-1)
+    logp_MV = torch.log_softmax(_at_least_fp32(logits_MV) / temperature, dim=-1)
     return -(logp_MV.exp() * logp_MV).sum(-1)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # softmax in fp32; fp64 is for tests

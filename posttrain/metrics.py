@@ -1,7 +1,8 @@
 """One flat dict per step: appended to metrics.jsonl and shown as live progress.
 
 A row is {"stage", "attempt", "step", "time", ...}. A stage that is run again writes rows with a
-higher attempt: readers take the last attempt of a stage. Next: progress.py for the display.
+higher attempt: readers take the last attempt of a stage. One that goes on from a snapshot keeps its attempt and may
+write a step again: readers take the last row of a step. Next: progress.py for the display.
 """
 
 import time
@@ -27,12 +28,17 @@ class Metrics:
         self._figures: Mapping[str, Any] = {}
 
     @contextmanager
-    def stage(self, name: str, kind: str, attempt: int, total_steps: int = 0) -> Iterator[None]:
-        """Everything logged in the block belongs to this stage; total_steps = 0 means not known."""
+    def stage(
+        self, name: str, kind: str, attempt: int, total_steps: int = 0, *, done: int = 0
+    ) -> Iterator[None]:
+        """Everything logged in the block belongs to this stage; total_steps = 0 means not known.
+
+        done: steps that an interrupted run has made of it.
+        """
         assert self._stage is None, f"stage {name}: {self._stage} has not ended"
         self._stage = (name, attempt)
         self._figures = {}
-        self._progress.start(name, kind, total_steps)
+        self._progress.start(name, kind, total_steps, done=done)
         ok = False
         try:
             yield

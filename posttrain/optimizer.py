@@ -8,12 +8,17 @@ is usual, moves nothing. Next: learner.py.
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from posttrain.config import Optimizer
 from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.model.lora import is_adapter
+from posttrain.muon import Muon
 
 SPIKE_AFTER = 8
 """Gradient norms that the spike guard must have seen before it judges one."""
@@ -25,17 +30,34 @@ class Optimizers:
     def __init__(
         self, model: DeepseekV32ForCausalLM, config: Optimizer, *, train: set[str], total_steps: int
     ) -> None:
-        """train holds "model", "indexer" or both; everything else stops requiring gradients."""
+        """train holds "model", "indexer" or both; everything else stops requiring gradients.
+
+        Of a model with adapters, these are what trains.
+        """
         self.config, self.total_steps, self.step_count = config, total_steps, 0
         self._recent = {part: deque[float](maxlen=config.spike_window) for part in ("model", "indexer")}
         indexer = set(model.indexer_parameters())
         self.parts: dict[str, list[nn.Parameter]] = {"model": [], "indexer": []}
+        adapters = {p for name, p in model.named_parameters() if is_adapter(name)}
         for parameter in model.parameters():
             part = "indexer" if parameter in indexer else "model"
-            parameter.requires_grad_(part in train)
-            if part in train:
+            trains = part in train and (part == "indexer" or not adapters or parameter in adapters)
+            parameter.requires_grad_(trains)
+            if trains:
                 self.parts[part].append(parameter)
         self.optimizers = self._build(model)
+
+    @property
+    def norms(self) -> dict[str, list[float]]:
+        """What the spike guard compares with: the last norms of model and indexer."""
+        return {part: list(recent) for part, recent in self._recent.items()}
+
+    def restore(self, step_count: int, norms: Mapping[str, Sequence[float]]) -> None:
+        """Set the schedule and the guard; the moments are in optimizers."""
+        self.step_count = step_count
+        for part, recent in self._recent.items():
+            recent.clear()
+            recent.extend(norms[part])
 
     def _build(self, model: DeepseekV32ForCausalLM) -> list[torch.optim.Optimizer]:
         config = self.config
@@ -44,11 +66,7 @@ class Optimizers:
         rest = [p for p in self.parts["model"] if p not in matrices]
         built: list[torch.optim.Optimizer] = []
         if muon:
-            built.append(
-                torch.optim.Muon(
-                    muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            built.append(Muon(muon, lr=config.lr, weight_decay=config.weight_decay))
         for params, lr in ((rest, config.lr), (self.parts["indexer"], config.indexer_lr)):
             if params:
                 built.append(
@@ -102,7 +120,7 @@ class Optimizers:
                     raise ValueError(
                         f"no gradient has reached the {part} parameters, which are to be trained"
                     )
-                norms[part] = nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
+                norms[part] = clip_gradients(params, self.config.max_grad_norm)
         return {part: float(norm) for part, norm in norms.items()}
 
     def _is_spike(self, part: str, norm: float) -> bool:
@@ -111,6 +129,20 @@ class Optimizers:
         usual = statistics.median(recent) if len(recent) >= SPIKE_AFTER else math.inf
         recent.append(norm)
         return factor is not None and norm > factor * usual
+
+
+def clip_gradients(params: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients down to a norm of `most` together; their norm before. Sharded ones count over all ranks."""
+    shards = [p.grad.to_local() for p in params if isinstance(p.grad, DTensor)]
+    if not shards:
+        return nn.utils.clip_grad_norm_(params, most)
+    squares = [torch.linalg.vector_norm(shard, dtype=torch.float32).square() for shard in shards]
+    square = torch.stack(squares).sum()
+    dist.all_reduce(square)
+    factor = (most / (square.sqrt() + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
+    for shard in shards:
+        shard.mul_(factor)
+    return square.sqrt()
 
 
 def _hidden_matrices(model: DeepseekV32ForCausalLM) -> set[nn.Parameter]:

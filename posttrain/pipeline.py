@@ -21,8 +21,9 @@ from posttrain.job import Job, Result, stage_seed
 from posttrain.ledger import Ledger
 from posttrain.memory import PeakMemory
 from posttrain.metrics import Metrics
+from posttrain.snapshots import Snapshots, newest
 from posttrain.stages import STAGES, StageFailed
-from posttrain.store import Store
+from posttrain.store import Origin, Store
 from posttrain.table import columns
 from posttrain.units import (
     EvaluateUnit,
@@ -110,9 +111,22 @@ def _run_units(driver: _Driver, units: Sequence[Unit]) -> None:
 def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
     cfg, store, metrics = driver.cfg, driver.store, driver.metrics
     cluster.backends.clear()
-    made_from = parents(cfg, unit, store)
-    ledger = driver.ledger.begin(unit.name)
-    out = store.partial(unit.name)
+    origin = Origin(
+        stage=unit.name,
+        kind=unit.kind,
+        config_hash=config_hash(cfg, unit),
+        parents=parents(cfg, unit, store),
+    )
+    last = newest(store.partial_path(unit.name), origin, metrics.say)
+    if last is None:
+        ledger, out = driver.ledger.begin(unit.name), store.partial(unit.name)
+    else:
+        metrics.say(f"{unit.name}: going on after step {last.step}, from its snapshot")
+        ledger, out = (
+            driver.ledger.resume(unit.name, last.attempt, last.step),
+            store.partial_path(unit.name),
+        )
+    snapshots = Snapshots(cfg.snapshots, out, origin, ledger, last)
     job = Job(
         cfg=cfg,
         name=unit.name,
@@ -120,28 +134,26 @@ def _run_unit(driver: _Driver, unit: Unit, cluster: "Cluster") -> None:
         cluster=cluster,
         metrics=metrics,
         ledger=ledger,
+        snapshots=snapshots,
         seed=stage_seed(cfg.seed, unit.name),
     )
     try:
-        with metrics.stage(unit.name, unit.kind, ledger.attempt, getattr(unit, "steps", 0)):
+        steps = getattr(unit, "steps", 0)
+        with metrics.stage(unit.name, unit.kind, ledger.attempt, steps, done=snapshots.first_step):
             began, load = time.monotonic(), os.getloadavg()[0]
             with PeakMemory() as peak:
                 result = _function(unit.kind)(unit, job)
             metrics.result(result.figures)
             wall_s = time.monotonic() - began
             summary = _summary(unit, result, wall_s=wall_s, load_start=load, peak=peak.bytes)
-            notes = {"backends": dict(cluster.backends), "config": depends_on(cfg, unit)}
+            notes: dict[str, Any] = {"first_step": snapshots.first_step}
+            notes |= {"backends": dict(cluster.backends), "config": depends_on(cfg, unit)}
             disk.write_json(out / SUMMARY, summary | notes)
-            store.commit(
-                unit.name,
-                kind=unit.kind,
-                config_hash=config_hash(cfg, unit),
-                parents=made_from,
-                attempt=ledger.attempt,
-            )
+            store.commit(origin, ledger.attempt)
     except BaseException as error:
         line = _explain(error, store.path)
-        store.discard(unit.name)
+        if not snapshots.exist:
+            store.discard(unit.name)
         if line is None:
             raise
         raise StageFailed(f"stage {unit.name} failed: {line}") from error

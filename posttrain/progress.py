@@ -50,12 +50,12 @@ class Progress:
             )
             self._live.start()
 
-    def start(self, name: str, kind: str, total: int) -> None:
-        """A stage begins; total = 0 where the number of steps is not known."""
-        self._stage = _Stage(name, kind, total)
+    def start(self, name: str, kind: str, total: int, *, done: int = 0) -> None:
+        """A stage begins, or goes on after `done` steps; total = 0 where the number of steps is not known."""
+        self._stage = _Stage(name, kind, total, done)
         if self._live is None:
             steps = f", {total} steps" if total else ""
-            self.say(f"{name}: start ({kind}{steps})")
+            self.say(f"{name}: {'going on' if done else 'start'} ({kind}{steps})")
 
     def expect(self, total: int) -> None:
         """The number of steps has become known."""
@@ -112,17 +112,17 @@ class Progress:
 class _Stage:
     """What is known of the stage at work."""
 
-    def __init__(self, name: str, kind: str, total: int) -> None:
+    def __init__(self, name: str, kind: str, total: int, done: int) -> None:
         self.name = name
         self.kind = kind
         self.total = total
-        self.done = 0
+        self.done = done
         self.values: Mapping[str, Any] = {}
         self.began = time.monotonic()
         self.printed = self.began
-        self._recent: deque[tuple[float, int, float]] = deque([(self.began, 0, 0.0)], _WINDOW)
+        self._recent: deque[tuple[float, int, float]] = deque([(self.began, done, 0.0)], _WINDOW)
         self._tokens = 0.0
-        self._from_zero = False
+        self._from_zero = done > 0  # only such stages can go on
 
     @property
     def position(self) -> str:

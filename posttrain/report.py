@@ -287,12 +287,21 @@ def _words(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of the metrics, the last attempt of each stage."""
+    """The rows of the metrics: of each stage the last attempt, of each step the last row.
+
+    A step has two rows where a stage went back to a snapshot.
+    """
     rows = list(jsonl.read(path / FILE))
     newest: dict[str, int] = {}
+    last: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         newest[row["stage"]] = max(newest.get(row["stage"], 0), row["attempt"])
-    return (row for row in rows if row["attempt"] == newest[row["stage"]])
+        last[row["stage"], row["step"]] = row
+    return (
+        row
+        for row in rows
+        if row["attempt"] == newest[row["stage"]] and row is last[row["stage"], row["step"]]
+    )
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
 A stage writes under .partial-<stage>; commit makes every file durable, writes manifest.json last
 (size and sha256 of each file, hash of the config, hash of the parents' manifests) and renames the
 folder. A manifest in a partial folder is therefore a decision: if the driver dies before the
-rename, the next one finishes it. Next: units.py for what the hashes are made of, then pipeline.py.
+rename, the next one finishes it. What a stage needs to go on after a kill lies in the partial folder's SNAPSHOTS
+(snapshots.py) and ends with it. Next: units.py for what the hashes are made of, then pipeline.py.
 """
 
 import fcntl
@@ -22,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from posttrain import disk
 
 MANIFEST = "manifest.json"
+SNAPSHOTS = ".snapshots"
+"""Folder in a stage's partial folder that is no part of its output."""
 _PARTIAL = ".partial-"
 _LOCK = ".lock"
 _LOCK_TRIES_S = 1.0
@@ -38,8 +41,8 @@ class File(BaseModel):
     sha256: str
 
 
-class Manifest(BaseModel):
-    """What a committed stage consists of and what it was made from."""
+class Origin(BaseModel):
+    """What a stage is made from: with another origin its output would be another."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,6 +51,11 @@ class Manifest(BaseModel):
     config_hash: str
     parents: dict[str, str]
     """Name of each source -> sha256 of its manifest (of its contents, if it is no stage)."""
+
+
+class Manifest(Origin):
+    """What a committed stage, or a snapshot of one, consists of."""
+
     attempt: int
     files: tuple[File, ...]
     created: str
@@ -118,20 +126,19 @@ class Store:
         for name in sorted(manifest.parents.keys() | parents.keys()):
             if manifest.parents.get(name) != parents.get(name):
                 return f"source {name} changed"
-        return _damage(folder, manifest)
+        return damage(folder, manifest)
 
     def is_partial(self, stage: str) -> bool:
         """Whether an unfinished folder of the stage lies here."""
-        return (self.path / f"{_PARTIAL}{stage}").exists()
+        return self.partial_path(stage).exists()
+
+    def partial_path(self, stage: str) -> Path:
+        """Where a stage writes until it is committed."""
+        return self.path / f"{_PARTIAL}{stage}"
 
     def manifest(self, stage: str) -> Manifest:
         """The manifest of a committed stage; ValueError if it is missing or broken."""
-        try:
-            return Manifest.model_validate_json((self.path / stage / MANIFEST).read_bytes())
-        except FileNotFoundError:
-            raise ValueError(f"{MANIFEST} is missing") from None
-        except ValidationError:
-            raise ValueError(f"{MANIFEST} is broken") from None
+        return read_manifest(self.path / stage)
 
     def manifest_hash(self, stage: str) -> str:
         """sha256 of a committed stage's manifest, and through it of everything it came from."""
@@ -140,38 +147,20 @@ class Store:
     def partial(self, stage: str) -> Path:
         """An empty folder for a stage to write in; what a killed run left there is removed."""
         self.discard(stage)
-        folder = self.path / f"{_PARTIAL}{stage}"
+        folder = self.partial_path(stage)
         with disk.explain_full(self.path):
             folder.mkdir(parents=True)
         return folder
 
     def discard(self, stage: str) -> None:
         """Remove what a stage has written and not committed."""
-        shutil.rmtree(self.path / f"{_PARTIAL}{stage}", ignore_errors=True)
+        shutil.rmtree(self.partial_path(stage), ignore_errors=True)
 
-    def commit(
-        self,
-        stage: str,
-        *,
-        kind: str,
-        config_hash: str,
-        parents: Mapping[str, str],
-        attempt: int,
-    ) -> None:
+    def commit(self, origin: Origin, attempt: int) -> None:
         """Make the stage's partial folder its output; an older output is replaced only then."""
-        partial = self.path / f"{_PARTIAL}{stage}"
         with disk.explain_full(self.path):
-            manifest = Manifest(
-                stage=stage,
-                kind=kind,
-                config_hash=config_hash,
-                parents=dict(parents),
-                attempt=attempt,
-                files=tuple(_durable_files(partial)),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-            disk.write_json(partial / MANIFEST, manifest.model_dump())
-            self._finish(stage)
+            seal(self.partial_path(origin.stage), origin, attempt)
+            self._finish(origin.stage)
 
     def require_space(self, num_bytes: int) -> None:
         """Raise DiskFull unless that many bytes are free."""
@@ -185,15 +174,51 @@ class Store:
             return
         stage = partial.name.removeprefix(_PARTIAL)
         # A stage may have copied its source's manifest, so the name and the files must fit as well.
-        if manifest.stage == stage and _damage(partial, manifest) is None:
+        if manifest.stage == stage and damage(partial, manifest) is None:
             self._finish(stage)
 
     def _finish(self, stage: str) -> None:
-        folder = self.path / stage
+        folder, partial = self.path / stage, self.partial_path(stage)
+        shutil.rmtree(partial / SNAPSHOTS, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(folder)
-        (self.path / f"{_PARTIAL}{stage}").rename(folder)
+        partial.rename(folder)
         disk.sync_folder(self.path)
+
+
+def seal(folder: Path, origin: Origin, attempt: int) -> None:
+    """Make every file of a folder durable and write its manifest last."""
+    manifest = Manifest(
+        **origin.model_dump(),
+        attempt=attempt,
+        files=tuple(_durable_files(folder)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    disk.write_json(folder / MANIFEST, manifest.model_dump())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder; ValueError if it is missing or broken."""
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except ValidationError:
+        raise ValueError(f"{MANIFEST} is broken") from None
+
+
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with the files of a folder, sizes first because they cost nothing; None if they are whole."""
+    for file in manifest.files:
+        path = folder / file.path
+        if not path.is_file():
+            return f"{file.path} is missing"
+        if path.stat().st_size != file.size:
+            return f"{file.path} has {path.stat().st_size} bytes instead of {file.size}"
+    for file in manifest.files:
+        if file_hash(folder / file.path) != file.sha256:
+            return f"{file.path} was changed (sha256 differs)"
+    return None
 
 
 def file_hash(path: Path, *, sync: bool = False) -> str:
@@ -228,6 +253,8 @@ def _taken(path: Path, pid: int | str) -> str:
 
 def _durable_files(folder: Path) -> Iterator[File]:
     for parent, folders, names in os.walk(folder):
+        if SNAPSHOTS in folders:
+            folders.remove(SNAPSHOTS)
         for name in sorted(names):
             path = Path(parent, name)
             assert path.is_file() and not path.is_symlink(), f"{path}: a stage may write files only"
@@ -238,17 +265,3 @@ def _durable_files(folder: Path) -> Iterator[File]:
             )
         disk.sync_folder(Path(parent))
         folders.sort()
-
-
-def _damage(folder: Path, manifest: Manifest) -> str | None:
-    """What is wrong with the files of a folder, sizes first because they cost nothing."""
-    for file in manifest.files:
-        path = folder / file.path
-        if not path.is_file():
-            return f"{file.path} is missing"
-        if path.stat().st_size != file.size:
-            return f"{file.path} has {path.stat().st_size} bytes instead of {file.size}"
-    for file in manifest.files:
-        if file_hash(folder / file.path) != file.sha256:
-            return f"{file.path} was changed (sha256 differs)"
-    return None

@@ -99,7 +99,7 @@ def check_outside(cfg: Run, units: Sequence[Unit]) -> None:
 def depends_on(cfg: Run, unit: Unit) -> dict[str, Any]:
     """Everything in the config that can change a unit's output: what its config hash is made of.
 
-    Not in it: out and cluster (where the work runs), the other stages, and whether to evaluate.
+    Not in it: out and cluster (where the work runs), snapshots, the other stages, and whether to evaluate.
     """
     parts: dict[str, Any] = {"seed": cfg.seed}
     if isinstance(unit, EvaluateUnit):

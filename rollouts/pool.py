@@ -129,9 +129,12 @@ def wait(reference: Any, who: str, timeout_s: float) -> Any:
     try:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
-        raise TimeoutError(
-            f"{who} did not answer within {timeout_s:.0f} s (cluster.step_timeout_s)"
-        ) from None
+        raise no_answer(who, timeout_s) from None
+
+
+def no_answer(who: str, timeout_s: float) -> TimeoutError:
+    """The error for who did not answer in time."""
+    return TimeoutError(f"{who} did not answer within {timeout_s:.0f} s (cluster.step_timeout_s)")
 
 
 class _RolloutActor:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain import config, logprob, packing
 from posttrain.learner import Learner, Setup
@@ -171,7 +172,7 @@ def test_gates_of_replayed_experts_come_from_the_current_router(path: Path, roll
 
 def _experts(learner: Learner, batch: Batch) -> np.ndarray[Any, Any]:
     """[N, T, E] the experts that a pass over the batch uses."""
-    tensors = learner._tensors(batch)
+    tensors = learner._on_device(batch)
     context = learner._context(tensors)
     with torch.no_grad():
         learner._logprobs(learner.model, tensors, context)
@@ -259,20 +260,19 @@ def test_kl_with_a_mask_is_over_the_kept_set(path: Path, rollouts: list[Rollout]
 def test_every_loss_goes_with_every_keep_however_it_is_packed(
     path: Path, rollouts: list[Rollout], policy: Any, kl: Any
 ) -> None:
-    """One batch, micro-batches, and those in another order: gradients equal to 1e-6 of their norm."""
+    """One batch, micro-batches, those in another order, logits 23 tokens at a time: gradients equal to 1e-6."""
     settings = config.Loss(policy=policy, kl=kl, offpolicy_delta=0.3, entropy_coef=0.01, clip_high=0.28)
     found = []
-    for limit, order in ((100_000, 1), (150, 1), (150, -1)):
-        learner = _learner(path, reference=True)
+    for limit, order, rows in ((100_000, 1, 10**6), (150, 1, 10**6), (150, -1, 10**6), (100_000, 1, 23)):
+        learner = _learner(path, reference=True, max_logits=rows * len(TOKENIZER))
         _shake(learner, "o_proj")
         seen = _watch(learner, "")
         batches = _batches(rollouts[:4], "routing topk mask", limit, order=order)
         figures, _ = learner.grpo_step(batches, settings, CUT.temperature)
         found.append((len(batches), figures["loss"], torch.cat([g.flatten() for g in seen.values()])))
-    (one, loss_one, grads_one), *others = found
-    assert one == 1 and grads_one.norm() > 1e-3
-    for many, loss_many, grads_many in others:
-        assert many > 1
+    (_, loss_one, grads_one), *others = found
+    assert [num > 1 for num, *_ in found] == [False, True, True, False] and grads_one.norm() > 1e-3
+    for _, loss_many, grads_many in others:
         assert loss_many == pytest.approx(loss_one, rel=1e-5)
         assert (grads_many - grads_one).norm() < 1e-6 * grads_one.norm()
 
@@ -323,6 +323,64 @@ def test_kept_log_probs_by_hand() -> None:
     assert logits.grad[0].tolist() == pytest.approx([0, -0.4, 0.4, 0]), "one-hot minus softmax over the set"
     hot = logprob.sampled_logprobs(logits, targets, 0.5, kept).exp()
     assert hot.tolist() == pytest.approx([9 / 13, 16 / 30, 16 / 17])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 12, 63, 64])
+def test_logits_of_a_few_tokens_at_a_time_are_the_plain_form(rows: int) -> None:
+    """63 tokens of which some have a kept set, in fp64: values, entropies and gradients, whatever the cut."""
+    rng = torch.Generator().manual_seed(0)
+    x, head = (torch.randn(n, 5, generator=rng, dtype=torch.float64) for n in (63, 29))
+    targets = torch.randint(29, (63,), generator=rng)
+    masked = torch.tensor([0, 6, 7, 30, 31, 62])
+    sets = [
+        torch.cat((targets[m, None], (targets[m, None] + 1 + torch.arange(i)) % 29))
+        for i, m in enumerate(masked)
+    ]
+    owner = torch.repeat_interleave(torch.arange(6), torch.tensor([len(ids) for ids in sets]))
+    kept = logprob.KeptIds(masked, owner, torch.cat(sets))
+    weight = torch.randn(63, generator=rng, dtype=torch.float64)
+
+    def found(read: Any) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, head)]
+        logp, entropy = read(*leaves)
+        (weight * (logp + 0.3 * entropy)).sum().backward()
+        return [logp.detach(), entropy.detach(), *(leaf.grad for leaf in leaves)]
+
+    def plain(x: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = x @ head.t()
+        return logprob.sampled_logprobs(logits, targets, 0.7, kept), logprob.entropy(logits, 0.7)
+
+    def by_rows(x: torch.Tensor, head: torch.Tensor) -> Any:
+        return logprob.head_logprobs(x, head, targets, 0.7, kept, with_entropy=True, max_logits=29 * rows + 3)
+
+    for ours, expected in zip(found(by_rows), found(plain), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-13, rtol=1e-12)
+
+
+def test_all_logits_never_exist_together() -> None:
+    """No array that any operation makes, forward or backward, is larger than the limit."""
+    x, head = torch.randn(50, 4, requires_grad=True), torch.randn(40, 4, requires_grad=True)
+    targets = torch.arange(50) % 40
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **kwargs or {})
+            made = [
+                t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)
+            ]
+            self.numel = max(self.numel, *made, 0)
+            return out
+
+    for limit, largest in ((40 * 9, 40 * 9), (40 * 50, 40 * 50)):
+        with Largest() as seen:
+            logp, entropy = logprob.head_logprobs(
+                x, head, targets, 1.0, None, with_entropy=True, max_logits=limit
+            )
+            assert entropy is not None
+            (logp + entropy).sum().backward()
+        assert seen.numel == largest
 
 
 def test_entropy_by_hand() -> None:

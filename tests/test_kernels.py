@@ -128,3 +128,13 @@ def test_experts_are_their_definition() -> None:
         torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_experts_of_no_tokens_give_nothing_and_zero_gradients() -> None:
+    """A rank whose experts nobody has chosen still goes backward."""
+    x = torch.zeros(0, 5, requires_grad=True)
+    matrices = [torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 4, 5, requires_grad=True)]
+    out = experts.run_experts(x, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2), *matrices)
+    out.sum().backward()
+    assert out.shape == (0, 5) and x.grad is not None and x.grad.shape == (0, 5)
+    assert all(m.grad is not None and not m.grad.any() for m in matrices)

@@ -10,6 +10,7 @@ import torch
 
 from posttrain import config, packing
 from posttrain.learner import Learner, Setup
+from posttrain.muon import Muon
 from posttrain.optimizer import Optimizers
 
 
@@ -170,7 +171,7 @@ def test_muon_takes_hidden_matrices_only() -> None:
     muon = config.Optimizer(kind="muon", lr=1e-3)
     optimizers = Optimizers(model, muon, train={"model", "indexer"}, total_steps=1)
     first, rest, indexer = optimizers.optimizers
-    assert isinstance(first, torch.optim.Muon)
+    assert isinstance(first, Muon)
     names = {p: n for n, p in model.named_parameters()}
     by_muon = {names[p] for p in first.param_groups[0]["params"]}
     assert "model.layers.0.self_attn.q_b_proj.weight" in by_muon

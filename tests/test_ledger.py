@@ -73,6 +73,56 @@ def test_planned_twice_is_a_duplicate_and_unplanned_is_told_apart(tmp_path: Path
     assert invariant(counts)
 
 
+def test_going_back_to_a_snapshot_abandons_what_came_after_it(tmp_path: Path) -> None:
+    """Steps of one sample: a, b are in the snapshot of step 2, c and d come after it; the driver dies with d open."""
+    ledger = Ledger(tmp_path)
+    stage = ledger.begin("rl")
+    for name in "abcd":
+        if name == "c":
+            stage.snapshot(2)
+        stage.planned([name])
+        if name != "d":
+            stage.trained([name])
+    again = Ledger(tmp_path).resume("rl", stage.attempt, 2)
+    for name in "cd":
+        again.planned([name])
+        again.trained([name])
+    ledger = Ledger(tmp_path)
+    ledger.committed("rl", again.attempt)
+    counts = ledger.counts()
+    assert counts == Counts(planned=6, trained=4, abandoned=2, abandoned_trained=1)
+    assert invariant(counts)
+
+
+def test_a_sample_of_before_the_snapshot_trained_again_after_it_is_a_duplicate(tmp_path: Path) -> None:
+    stage = Ledger(tmp_path).begin("rl")
+    stage.planned(["a"])
+    stage.trained(["a"])
+    stage.snapshot(1)
+    again = Ledger(tmp_path).resume("rl", 1, 1)
+    again.planned(["a"])
+    again.trained(["a"])
+    assert Ledger(tmp_path).counts() == Counts(planned=1, trained=1, duplicated=1)
+
+
+def test_snapshots_are_gone_back_to_again_and_again(tmp_path: Path) -> None:
+    """Twice back to step 1, whose snapshot is then followed by a second one of step 2."""
+    stage = Ledger(tmp_path).begin("rl")
+    stage.planned(["a"])
+    stage.trained(["a"])
+    stage.snapshot(1)
+    for _ in range(2):
+        stage.planned(["b"])
+        stage.trained(["b"])
+        stage.snapshot(2)
+        stage = Ledger(tmp_path).resume("rl", 1, 1)
+    counts = Ledger(tmp_path).counts()
+    assert counts == Counts(planned=3, trained=1, abandoned=2, abandoned_trained=2)
+    Ledger(tmp_path).resume("rl", 1, 7)
+    with pytest.raises(ValueError, match="a snapshot of step 7 that was never taken"):
+        Ledger(tmp_path).counts()
+
+
 def test_a_new_attempt_abandons_the_old_one(tmp_path: Path) -> None:
     first = Ledger(tmp_path).begin("rl")
     first.planned(IDS)

@@ -5,6 +5,7 @@ The one run that most tests look at takes about a minute; all of this file is sl
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import jsonl
 from posttrain.model import checkpoint
-from posttrain.store import Store
+from posttrain.store import SNAPSHOTS, Store, file_hash
 
 pytestmark = pytest.mark.slow
 
@@ -191,10 +192,10 @@ def test_status_and_export_commands(finished: Path, tmp_path: Path) -> None:
 class _Driver:
     """A driver in its own process, watched from outside."""
 
-    def __init__(self, out: Path, log: Path) -> None:
+    def __init__(self, out: Path, log: Path, *more: str) -> None:
         self.run = out / "demo"
         with log.open("a") as file:
-            self.process = subprocess.Popen(_command(out), cwd=ROOT, stdout=file, stderr=file)
+            self.process = subprocess.Popen(_command(out, *more), cwd=ROOT, stdout=file, stderr=file)
 
     def wait_for(self, stage: str, event: str) -> None:
         """Until an event of the stage is in the ledger (or, for evaluations, its folder is)."""
@@ -247,6 +248,60 @@ def test_a_driver_killed_in_any_stage_is_continued(finished: Path, tmp_path: Pat
     assert report["eval"] == _report(finished)["eval"]
     attempts = {s: Store(run).manifest(s).attempt for s in ("convert", "sparse", "mixed")}
     assert attempts["convert"] == 1 and attempts["sparse"] >= 2 and attempts["mixed"] >= 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_stage_goes_on_from_its_snapshot(finished: Path, tmp_path: Path, ranks: int) -> None:
+    """test_snapshots.py compares every bit after kills at chosen moments, without Ray; this is the same with it.
+
+    The second run may have two ranks: it reads what one has written.
+    """
+    log, flags = tmp_path / "log.txt", ("--until", "pretrain", "--set", "snapshots.every_steps=20")
+    driver = _Driver(tmp_path, log, *flags)
+    driver.wait_for("pretrain", "snapshot")
+    deadline = time.monotonic() + DEADLINE_S
+    while not list(driver.run.glob(f".partial-pretrain/{SNAPSHOTS}/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    driver.kill()
+    done = _run(tmp_path, *flags, "--set", f"cluster.sharding.ranks={ranks}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from its snapshot" in done.stdout
+    run = tmp_path / "demo"
+    assert Store(run).manifest("pretrain").attempt == 1
+    weights = "pretrain/model.safetensors"
+    same = file_hash(run / weights) == file_hash(finished / weights)
+    assert same or ranks == 2, "sums of two ranks round differently"
+    losses = [
+        json.loads((r / "pretrain/summary.json").read_text())["figures"]["loss"] for r in (run, finished)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert _report(run)["ledger"]["lost"] == _report(run)["ledger"]["duplicated"] == 0
+
+
+def test_adapters_on_two_ranks_train_a_specialist(finished: Path, tmp_path: Path) -> None:
+    """rl under Ray with everything that several ranks do: rollouts from collected weights, a reference, a checkpoint."""
+    shutil.copytree(finished, tmp_path / "demo")
+    stage = {"lora": "{rank = 4}", "mix": "{align = {kl_coef = 0.1}}", "steps": 3, "evaluate": "false"}
+    flags = [word for k, v in stage.items() for word in ("--set", f"stages.rl-align.{k}={v}")]
+    done = _run(tmp_path, "--only", "rl-align", "--set", "cluster.sharding.ranks=2", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (checkpoint.load(tmp_path / "demo" / s).state_dict() for s in ("sparse", "rl-align"))
+    moved = {
+        name.rpartition(".")[0].rpartition(".")[2]
+        for name in before
+        if not torch.equal(before[name], after[name])
+    }
+    assert {"q_a_proj", "kv_b_proj", "down_proj"} <= moved
+    assert not any("norm" in name or "indexer" in name or "embed" in name for name in moved)
+    files = sorted((tmp_path / "demo" / "rl-align" / "rollouts").iterdir())[1:]
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    gaps = [
+        abs(a - b)
+        for row in rows
+        if row["fate"] == "trained"
+        for a, b in zip(row["engine_logprobs"], row["learner_logprobs"], strict=True)
+    ]
+    assert gaps and max(gaps) < 0.05, "engines have the merged weights"
 
 
 def test_a_killed_rollout_actor_is_replaced(finished: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from posttrain.intervals import mean_interval, wilson
 from posttrain.ledger import Ledger
 from posttrain.metrics import Metrics
 from posttrain.progress import Progress
-from posttrain.store import Store
+from posttrain.store import Origin, Store
 from posttrain.units import config_hash, depends_on, expand, parents
 
 HOSTILE = "<script>alert(1)</script>"
@@ -133,7 +133,10 @@ def _run(
             disk.write_json(out / "summary.json", summary | {"config": depends_on(cfg, unit)})
             made_from = parents(cfg, unit, store)
             store.commit(
-                unit.name, kind=unit.kind, config_hash=config_hash(cfg, unit), parents=made_from, attempt=1
+                Origin(
+                    stage=unit.name, kind=unit.kind, config_hash=config_hash(cfg, unit), parents=made_from
+                ),
+                1,
             )
             ledger.committed(unit.name, account.attempt)
     ledger.close()
@@ -350,6 +353,15 @@ def test_a_stage_made_from_an_older_source_is_outdated(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text() + "\n")
     states = {unit["name"]: unit["state"] for unit in report.build(run)["units"]}
     assert states["sparse"] == "done" and states["sparse.eval"] == states["rl-math.eval"] == "outdated"
+
+
+def test_a_step_that_was_done_again_after_a_snapshot_counts_once(tmp_path: Path) -> None:
+    lines = [{"stage": "rl", "attempt": 1, "step": step, "loss": loss} for step, loss in enumerate("abcd")]
+    lines += [
+        {"stage": "rl", "attempt": 1, "step": step, "loss": loss} for step, loss in ((2, "C"), (3, "D"))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [row["loss"] for row in report._rows(tmp_path)] == ["a", "b", "C", "D"]
 
 
 def test_only_the_last_attempt_is_drawn(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from posttrain.domains import open_domains
 from posttrain.learner import Learner
 from posttrain.ledger import Ledger
 from posttrain.model import checkpoint
+from posttrain.model.weights import Weights
 from posttrain.rollouts.fake_engine import FakeEngine
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
@@ -90,11 +91,11 @@ class _Step:
         self.calls.append((method, args))
         return getattr(self.learner, method)(*args)
 
-    def publish(self) -> dict[str, torch.Tensor]:
+    def publish(self) -> Weights:
         """As RemoteLearner."""
-        return self.learner.weights()
+        return self.learner.published()
 
-    def load(self, version: int, weights: dict[str, torch.Tensor]) -> None:
+    def load(self, version: int, weights: Weights) -> None:
         """As Pool."""
         self.engine.load(version, weights)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain import disk
-from posttrain.store import Store
+from posttrain.store import SNAPSHOTS, Origin, Store
 
 PARENTS = {"base": "0" * 64}
 
@@ -20,7 +20,7 @@ def commit(store: Store, stage: str = "warm", text: str = "weights", attempt: in
     (folder / "model").mkdir()
     (folder / "model" / "a.bin").write_text(text)
     (folder / "notes.txt").write_text("n")
-    store.commit(stage, kind="warmup", config_hash="c", parents=PARENTS, attempt=attempt)
+    store.commit(Origin(stage=stage, kind="warmup", config_hash="c", parents=PARENTS), attempt)
     return store.path / stage
 
 
@@ -112,11 +112,22 @@ def test_lock_does_not_finish_a_copied_or_torn_manifest(tmp_path: Path) -> None:
     assert not (tmp_path / "torn").exists()
 
 
+def test_snapshots_are_no_part_of_the_output(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    snapshot = store.partial("warm") / SNAPSHOTS / "step-00000003"
+    snapshot.mkdir(parents=True)
+    (snapshot / "big.bin").write_text("x")
+    (store.partial_path("warm") / "out.txt").write_text("y")
+    store.commit(Origin(stage="warm", kind="warmup", config_hash="c", parents={}), 1)
+    assert [file.path for file in store.manifest("warm").files] == ["out.txt"]
+    assert not (tmp_path / "warm" / SNAPSHOTS).exists()
+
+
 def test_a_link_in_the_output_is_our_mistake(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (store.partial("warm") / "link").symlink_to("/etc/hostname")
     with pytest.raises(AssertionError, match="a stage may write files only"):
-        store.commit("warm", kind="warmup", config_hash="c", parents={}, attempt=1)
+        store.commit(Origin(stage="warm", kind="warmup", config_hash="c", parents={}), 1)
 
 
 HOLD = """

@@ -3,8 +3,10 @@
 While the learner works on one step the driver makes the batches of the next. Next: ../data.py.
 """
 
-from collections import defaultdict, deque
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from posttrain import config, data, packing
@@ -22,32 +24,58 @@ def train(
     job: Job, learner: RemoteLearner, stream: Iterator[list[Sample]], *, steps: int
 ) -> tuple[int, dict[str, float]]:
     """Run `steps` optimizer steps; returns the tokens trained on and the mean figures of the last steps."""
+    log = _Log()
+    before = job.snapshots.restore(learner)
+    first = job.snapshots.first_step
+    if before is not None:
+        log = _Log(**before)
+        # The stream is a function of the seed, so that its frontier is the number of the step.
+        next(itertools.islice(stream, first - 1, first))
     waiting: list[str] = []
-    recent: deque[dict[str, float]] = deque(maxlen=_RECENT)
-    tokens = 0
-    for step in range(steps + 1):
-        if step < steps:
-            samples = next(stream)
-            weights = packing.token_weights(samples, "token", num_groups=1)
-            limit = job.cfg.learner.tokens_per_microbatch
-            batches = packing.pack(samples, weights, tokens_per_batch=limit)
-            ids = [sample.id for sample in samples]
-            job.ledger.planned(ids)
-            before = learner.lm_step_soon(batches)
-        else:
-            before, ids = learner.settle(), []
-        if before is not None:
-            tokens += int(before["tokens"])
-            if "skipped" in before:
-                job.ledger.failed(waiting, "step skipped")
-                job.metrics.say(f"step {step - 1} was skipped: its loss or gradient is not finite, or spikes")
-                job.metrics.log(step - 1, before | {"skipped_ids": " ".join(waiting)})
-            else:
-                recent.append(before)
-                job.ledger.trained(waiting)
-                job.metrics.log(step - 1, before)
+    for step in range(first, steps):
+        if job.snapshots.due(step):
+            log.add(job, step - 1, waiting, learner.settle())
+            job.snapshots.take(step, learner, asdict(log))
+        samples = next(stream)
+        weights = packing.token_weights(samples, "token", num_groups=1)
+        limit = job.cfg.learner.tokens_per_microbatch
+        batches = packing.pack(samples, weights, tokens_per_batch=limit)
+        ids = [sample.id for sample in samples]
+        job.ledger.planned(ids)
+        log.add(job, step - 1, waiting, learner.lm_step_soon(batches))
         waiting = ids
-    return tokens, _means(recent)
+    log.add(job, steps - 1, waiting, learner.settle())
+    job.snapshots.settle()
+    return log.tokens, log.means()
+
+
+@dataclass(slots=True)
+class _Log:
+    """What the stage's own figures are made of."""
+
+    tokens: int = 0
+    recent: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, job: Job, step: int, ids: Sequence[str], figures: dict[str, float] | None) -> None:
+        """Account for a step that is done; None: there is none."""
+        if figures is None:
+            return
+        self.tokens += int(figures["tokens"])
+        if "skipped" in figures:
+            job.ledger.failed(ids, "step skipped")
+            job.metrics.say(f"step {step} was skipped: its loss or gradient is not finite, or spikes")
+            job.metrics.log(step, figures | {"skipped_ids": " ".join(ids)})
+        else:
+            self.recent = [*self.recent[1 - _RECENT :], figures]
+            job.ledger.trained(ids)
+            job.metrics.log(step, figures)
+
+    def means(self) -> dict[str, float]:
+        values: defaultdict[str, list[float]] = defaultdict(list)
+        for figures in self.recent:
+            for name, value in figures.items():
+                values[name].append(value)
+        return {name: sum(v) / len(v) for name, v in values.items()}
 
 
 def stream(text: config.TextData, job: Job, tokenizer: Any, *, heldout: bool = False) -> Iterator[Sample]:
@@ -85,11 +113,3 @@ def expert_figures(figures: dict[str, float]) -> dict[str, float]:
     least = [v for name, v in figures.items() if name.startswith("expert_min/")]
     most = [v for name, v in figures.items() if name.startswith("expert_max/")]
     return {"expert_min": min(least), "expert_max": max(most)} if least else {}
-
-
-def _means(recent: Sequence[dict[str, float]]) -> dict[str, float]:
-    values: defaultdict[str, list[float]] = defaultdict(list)
-    for figures in recent:
-        for name, value in figures.items():
-            values[name].append(value)
-    return {name: sum(v) / len(v) for name, v in values.items()}

@@ -34,9 +34,9 @@ def run(stage: config.Pretrain, job: Job) -> Result:
     with job.cluster.learner(setup) as learner:
         batches = lm.steps(stage.data, job, tokenizer)
         tokens, means = lm.train(job, learner, batches, steps=stage.steps)
-        learner.call("save", job.out, dense=True)
+        saved = learner.call("finish", job.out, dense=True)
     shutil.rmtree(fresh)
-    figures = {"loss": means["loss"], **lm.expert_figures(means)}
+    figures = {"loss": means["loss"], **lm.expert_figures(means), **saved}
     return Result(steps=stage.steps, tokens=tokens, figures=figures)
 
 

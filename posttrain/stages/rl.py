@@ -5,9 +5,11 @@ Rollouts are on-policy; with updates_per_step > 1 the later updates of a step ar
 Next: ../generation.py, ../learner.py, ../loss.py.
 """
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,21 +38,59 @@ def run(stage: config.Rl, job: Job) -> Result:
     domains = open_domains(job.cfg, stage.mix)
     setup = _setup(stage, job)
     order = generation.TaskOrder(domains, stage.mix, seed=job.seed)
-    tokens, log = 0, defaultdict[str, list[float]](list)
     with (
         job.cluster.learner(setup) as learner,
         job.cluster.pool(generation.pool_setup(setup.checkpoint, job.cfg.rollouts)) as pool,
     ):
-        for step in range(stage.steps):
+        log = _Log()
+        before = job.snapshots.restore(learner)
+        if before is not None:
+            order.restore(before["order"])
+            log = _Log(**before["log"])
+            pool.load(job.snapshots.first_step, learner.publish())
+        for step in range(job.snapshots.first_step, stage.steps):
+            if job.snapshots.due(step):
+                job.snapshots.take(step, learner, {"order": order.state(), "log": asdict(log)})
             figures, skipped = _step(stage, job, step, order, learner, pool)
             figures["quarantined"] = float(sum(len(d.rewards.quarantined) for d in domains.values()))
-            tokens += int(figures["tokens"])
             job.metrics.log(step, figures | ({"skipped_ids": " ".join(skipped)} if skipped else {}))
             _warn(stage, job, step, figures)
-            for name, value in figures.items():
-                log[name].append(value)
-        learner.call("save", job.out)
-    return Result(steps=stage.steps, tokens=tokens, figures=_summary(log) | {"restarts": pool.restarts})
+            log.add(figures)
+        job.snapshots.settle()
+        saved = learner.call("finish", job.out)
+    return Result(
+        steps=stage.steps, tokens=log.tokens, figures=log.summary() | saved | {"restarts": pool.restarts}
+    )
+
+
+_KEPT = ("reward", "signal", "mean_tokens", "generate_s", "score_s", "train_s", "logprob_gap")
+"""What _Log.summary is made of."""
+
+
+@dataclass(slots=True)
+class _Log:
+    """What the stage's own figures are made of."""
+
+    tokens: int = 0
+    figures: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _KEPT})
+    """Of every step; logprob_gap of those with an update that is finite."""
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        self.tokens += int(figures["tokens"])
+        for name in _KEPT:
+            if math.isfinite(figures.get(name, math.nan)):
+                self.figures[name].append(figures[name])
+
+    def summary(self) -> dict[str, Any]:
+        """First and last rewards (means of five steps), the engine's distance from the learner, time shares."""
+        log = self.figures
+        ends = {"reward_first": log["reward"][:5], "reward_last": log["reward"][-5:]}
+        means = {name: log[name] for name in ("signal", "mean_tokens", "generate_s", "score_s", "train_s")}
+        figures = {name: float(np.mean(values)) for name, values in (ends | means).items()}
+        if log["logprob_gap"]:
+            figures["logprob_gap"] = float(np.mean(log["logprob_gap"]))
+            figures["logprob_gap_max"] = max(log["logprob_gap"])
+        return figures
 
 
 def _setup(stage: config.Rl, job: Job) -> Setup:
@@ -69,6 +109,7 @@ def _setup(stage: config.Rl, job: Job) -> Setup:
         train=frozenset({"model", "indexer"} if train_indexer else {"model"}),
         indexer_loss="sparse" if train_indexer else "none",
         balance_speed=stage.balance_speed,
+        lora=stage.lora,
         reference=stage.loss.kl != "none" and any(part.kl_coef > 0 for part in stage.mix.values()),
         seed=job.seed,
     )
@@ -319,14 +360,3 @@ def _warn(stage: config.Rl, job: Job, step: int, figures: dict[str, float]) -> N
             f"{stage.name}: step {step}: {figures['unscorable']:.0f} completions could not be scored, "
             f"{figures['quarantined']:.0f} tasks are quarantined; the notes are in rollouts/"
         )
-
-
-def _summary(log: dict[str, list[float]]) -> dict[str, Any]:
-    """First and last rewards (means of five steps), the engine's distance from the learner, time shares."""
-    ends = {"reward_first": log["reward"][:5], "reward_last": log["reward"][-5:]}
-    means = {name: log[name] for name in ("signal", "mean_tokens", "generate_s", "score_s", "train_s")}
-    figures = {name: float(np.mean(values)) for name, values in (ends | means).items()}
-    if log["logprob_gap"]:
-        figures["logprob_gap"] = float(np.mean(log["logprob_gap"]))
-        figures["logprob_gap_max"] = max(log["logprob_gap"])
-    return figures

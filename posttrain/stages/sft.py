@@ -33,12 +33,13 @@ def run(stage: config.Sft, job: Job) -> Result:
         optimizer=stage.optimizer,
         total_steps=stage.steps,
         train=frozenset({"model"}),
+        lora=stage.lora,
         seed=job.seed,
     )
     batches = data.steps(data.balanced(rows, seed=job.seed), stage.sequences_per_step)
     with job.cluster.learner(setup) as learner:
         tokens, means = lm.train(job, learner, batches, steps=stage.steps)
-        learner.call("save", job.out)
+        saved = learner.call("finish", job.out)
     per_domain = {f"rows/{name}": n for name, n in sorted(Counter(r.domain for r in rows).items())}
-    figures = {"loss": means["loss"], "rows": len(rows), **per_domain}
+    figures = {"loss": means["loss"], "rows": len(rows), **per_domain, **saved}
     return Result(steps=stage.steps, tokens=tokens, figures=figures)

@@ -31,6 +31,6 @@ def run(stage: config.Sparse, job: Job) -> Result:
         batches = lm.steps(stage.data, job, load_tokenizer(source))
         tokens, means = lm.train(job, learner, batches, steps=stage.steps)
         figures = {} if heldout is None else heldout.measure(learner)
-        learner.call("save", job.out, dense=dense)
+        figures |= learner.call("finish", job.out, dense=dense)
     figures |= {"loss": means["loss"], **lm.expert_figures(means)}
     return Result(steps=stage.steps, tokens=tokens, figures=figures)

@@ -29,7 +29,7 @@ def run(stage: config.Warmup, job: Job) -> Result:
         batches = lm.steps(stage.data, job, load_tokenizer(source))
         tokens, means = lm.train(job, learner, batches, steps=stage.steps)
         figures = heldout.measure(learner)
-        learner.call("save", job.out)
+        figures |= learner.call("finish", job.out)
     figures |= {
         "indexer_kl": means["indexer_kl"],
         "untrained_lm_gap": untrained["lm_gap"],

@@ -48,10 +48,12 @@ def close(engine: Any) -> None:
 
 
 def fused_experts(
-    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up: Tensor, down: Tensor
+    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up_XDF: Tensor, down_XFD: Tensor
 ) -> Tensor:
     """vLLM's Triton kernel for the routed experts: no wait for the device, so it can be captured in a CUDA graph."""
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts_op  # needs a GPU build
 
-    out_TD: Tensor = fused_experts_op(x_TD, gate_up, down, weights_TE, experts_TE.int())
+    # It takes the matrices as the checkpoint has them, [out, in].
+    gate_up_XFD, down_XDF = gate_up_XDF.transpose(1, 2), down_XFD.transpose(1, 2)
+    out_TD: Tensor = fused_experts_op(x_TD, gate_up_XFD, down_XDF, weights_TE, experts_TE.int())
     return out_TD

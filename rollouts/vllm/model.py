@@ -47,6 +47,9 @@ class DsaForVllm(nn.Module):
         device = str(vllm_config.device_config.device)
         with torch.device("cpu"):
             self.inner = load(path, dtype=dtype, device=device).eval().requires_grad_(False)
+        if device.startswith("cuda"):
+            for moe in self.inner.moe_layers().values():
+                moe.run = compat.fused_experts
         choice: Choice = vllm_config.additional_config.get("backend", "auto")
         self.backend = self.inner.backend(choice)
         self.max_length: int = vllm_config.model_config.max_model_len
@@ -106,7 +109,6 @@ class DsaForVllm(nn.Module):
             backend=self.backend,
             max_length=min(self.max_length, new.table_BM.shape[1] * block_size),
             record_kept=self.records is not None and self.records.shape.topk > 0,
-            run_experts=compat.fused_experts if positions_T.device.type == "cuda" else None,
         )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""A batch where the learner computes, its valid tokens singled out. Next: learner.py.
+
+Shape letters: T tokens of a batch, S sequences in it, M valid (predicted) tokens, N layers, K kept entries, E experts.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from posttrain.logprob import KeptIds
+from posttrain.schema import Batch
+from posttrain.sharing import Part
+
+
+@dataclass(slots=True)
+class DeviceBatch:
+    """Tensors on the device."""
+
+    tokens_T: Tensor
+    cu_seqlens_S: Tensor
+    at_M: Tensor
+    """Where each valid token is predicted: one before it."""
+    targets_M: Tensor
+    weight_M: Tensor
+    sequence_M: Tensor
+    experts_NTE: Tensor | None
+    kept_NTK: Tensor | None
+    kept_ids: KeptIds | None
+
+    def cut(self, part: Part) -> "DeviceBatch":
+        """The tokens that a rank runs and the valid ones predicted from them; weights and sequences stay whole."""
+        own_T, own_M = slice(part.begin, part.end), slice(part.first, part.last)
+        return replace(
+            self,
+            tokens_T=self.tokens_T[own_T],
+            at_M=self.at_M[own_M] - part.begin,
+            targets_M=self.targets_M[own_M],
+            experts_NTE=None if self.experts_NTE is None else self.experts_NTE[:, own_T],
+            kept_NTK=None if self.kept_NTK is None else self.kept_NTK[:, own_T],
+            kept_ids=None if self.kept_ids is None else self.kept_ids.part(part.first, part.last),
+        )
+
+
+def on_device(batch: Batch, device: str) -> DeviceBatch:
+    """The batch on a device."""
+    valid_M = np.flatnonzero(batch.mask_T)
+    lengths_S = np.diff(batch.cu_seqlens_S)
+    sequence_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
+
+    def tensor(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    kept_ids = None
+    if batch.sampling_mask is not None:
+        counts_M = batch.sampling_mask.counts[valid_M]
+        masked_N = np.flatnonzero(counts_M)
+        rows_R = np.repeat(np.arange(len(masked_N)), counts_M[masked_N])
+        ids_R = batch.sampling_mask.ids.astype(np.int64)
+        kept_ids = KeptIds(tensor(masked_N), tensor(rows_R), tensor(ids_R))
+    return DeviceBatch(
+        tokens_T=tensor(batch.tokens_T),
+        cu_seqlens_S=tensor(batch.cu_seqlens_S),
+        at_M=tensor(valid_M - 1),
+        targets_M=tensor(batch.tokens_T[valid_M]),
+        weight_M=tensor(batch.weight_T[valid_M]),
+        sequence_M=tensor(sequence_T[valid_M]),
+        experts_NTE=None if batch.experts_NTE is None else tensor(batch.experts_NTE),
+        kept_NTK=None if batch.kept_NTK is None else tensor(batch.kept_NTK),
+        kept_ids=kept_ids,
+    )
