@@ -51,7 +51,7 @@ th { font-weight: 600; }
 thead th { font-size: 12px; color: var(--muted); vertical-align: bottom; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .stages { width: 100%; }
-.stages thead .n { white-space: normal; overflow-wrap: anywhere; min-width: 64px; }
+.stages thead .n { white-space: normal; overflow-wrap: break-word; min-width: 64px; }
 .stages tr > :first-child { position: sticky; left: 0; background: var(--bg); min-width: 170px; }
 .stages small { display: block; line-height: 1.3; }
 .stages i { font-style: normal; font-weight: 400; font-size: 11.5px; color: var(--muted); margin-left: 4px; }
