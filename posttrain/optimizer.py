@@ -1,8 +1,9 @@
 """Optimizers: Muon on hidden matrices with AdamW on the rest, or AdamW alone; the indexers apart.
 
 Indexer parameters always form their own AdamW with its own learning rate and gradient clip, so that the
-scale of the indexer's KL never reaches the model's update. A step whose gradients are not finite, or far above what
-is usual, moves nothing. Next: learner.py.
+scale of the indexer's KL never reaches the model's update. Weights of fewer bits than fp32 are moved in copies of fp32, or
+small steps would be rounded away. A step whose gradients are not finite, or far above what is usual, moves nothing.
+Next: learner.py.
 """
 
 import math
@@ -45,6 +46,10 @@ class Optimizers:
             parameter.requires_grad_(trains)
             if trains:
                 self.parts[part].append(parameter)
+        self.masters = {
+            p: _master(p) for part in self.parts.values() for p in part if p.dtype != torch.float32
+        }
+        """The fp32 copy of each weight that has fewer bits."""
         self.optimizers = self._build(model)
 
     @property
@@ -66,9 +71,9 @@ class Optimizers:
         rest = [p for p in self.parts["model"] if p not in matrices]
         built: list[torch.optim.Optimizer] = []
         if muon:
-            built.append(Muon(muon, lr=config.lr, weight_decay=config.weight_decay))
-        for params, lr in ((rest, config.lr), (self.parts["indexer"], config.indexer_lr)):
-            if params:
+            built.append(Muon(self._moved(muon), lr=config.lr, weight_decay=config.weight_decay))
+        for of_part, lr in ((rest, config.lr), (self.parts["indexer"], config.indexer_lr)):
+            if params := self._moved(of_part):
                 built.append(
                     torch.optim.AdamW(
                         params, lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -78,6 +83,13 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]
         return built
+
+    def moved(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What the optimizers move, by the name of the weight: the weight itself, or its copy in fp32."""
+        return {name: self.masters.get(p, p) for name, p in model.named_parameters()}
+
+    def _moved(self, params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        return [self.masters.get(p, p) for p in params]
 
     def factor(self) -> float:
         """Learning-rate factor of the coming step: linear warm-up, constant, linear decay to zero."""
@@ -99,17 +111,25 @@ class Optimizers:
         spikes = [finite and self._is_spike(part, norm) for part, norm in norms.items()]
         figures = {f"grad_norm/{part}": norm for part, norm in norms.items()}
         if not finite or any(spikes):
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            self._clear()
             return figures | {"skipped": 1.0, "spike" if finite else "nonfinite": 1.0}
         factor = self.factor()
+        for parameter, master in self.masters.items():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, master in self.masters.items():
+                parameter.copy_(master)
+        self._clear()
         self.step_count += 1
         return figures | {"lr_factor": factor}
+
+    def _clear(self) -> None:
+        for parameter in [*self.parts["model"], *self.parts["indexer"], *self.masters.values()]:
+            parameter.grad = None
 
     def _clip(self) -> dict[str, float]:
         """Clip the gradients of each part that trains; its norm before that."""
@@ -129,6 +149,11 @@ class Optimizers:
         usual = statistics.median(recent) if len(recent) >= SPIKE_AFTER else math.inf
         recent.append(norm)
         return factor is not None and norm > factor * usual
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """fp32, of the same value, cut over ranks as the weight is."""
+    return nn.Parameter(parameter.detach().float())
 
 
 def clip_gradients(params: Sequence[nn.Parameter], most: float) -> Tensor:

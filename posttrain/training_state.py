@@ -1,6 +1,6 @@
 """A learner's state on disk: tensors by torch's DCP, everything else as JSON.
 
-Weights that train, buffers and optimizer moments are written as they are sharded, each rank its own part, and read
+Weights that train, their fp32 copies, buffers and optimizer moments are written as they are sharded, each rank its own part, and read
 again by any number of ranks; frozen weights are those of the checkpoint that the stage began with. Beside them: what is counted, and every generator of random numbers. This module writes files; that
 they are whole, verified and the newest is the matter of snapshots.py.
 """
@@ -77,9 +77,9 @@ class Writer:
 
 
 def tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
-    """Every tensor of the state by name, not copied: "model/<name>" and "optimizer/<parameter>/<moment>"."""
-    found = _weights(model)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    """Every tensor of the state by name, not copied: "model/<name>", "master/<name>", "optimizer/<name>/<moment>"."""
+    found = _weights(model) | _masters(model, optimizers)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in optimizers.moved(model).items()}
     for optimizer in optimizers.optimizers:
         for parameter, moments in optimizer.state.items():
             found |= {f"optimizer/{names[parameter]}/{key}": tensor for key, tensor in moments.items()}
@@ -91,7 +91,7 @@ def read(
 ) -> Counters:
     """Load a state into model and optimizers; ValueError if it is that of another model or optimizer."""
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = _weights(model) | _moments(saved, model, optimizers)
+    state = _weights(model) | _masters(model, optimizers) | _moments(saved, model, optimizers)
     if state.keys() != saved.keys():
         odd = sorted(state.keys() ^ saved.keys())
         raise ValueError(f"{folder}: a snapshot of another model or optimizer ({odd[0]} is in one alone)")
@@ -121,6 +121,11 @@ def _weights(model: nn.Module) -> dict[str, Any]:
     return {f"model/{name}": tensor.detach() for name, tensor in every if name not in frozen}
 
 
+def _masters(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+    masters = set(optimizers.masters.values())
+    return {f"master/{name}": p.detach() for name, p in optimizers.moved(model).items() if p in masters}
+
+
 def _save(state: dict[str, Any], folder: Path, group: ProcessGroup | None) -> None:
     with warnings.catch_warnings(), disk.explain_full(folder):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -133,7 +138,7 @@ def _save(state: dict[str, Any], folder: Path, group: ProcessGroup | None) -> No
 
 def _moments(saved: dict[str, Any], model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
     """Room for the saved moments, in the optimizers: they make theirs at their first step."""
-    parameters = dict(model.named_parameters())
+    parameters = optimizers.moved(model)
     owners = {p: o for o in optimizers.optimizers for group in o.param_groups for p in group["params"]}
     state: dict[str, Any] = {}
     for optimizer in optimizers.optimizers:

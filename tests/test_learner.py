@@ -183,6 +183,29 @@ def test_muon_takes_hidden_matrices_only() -> None:
     assert sum(sizes) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_small_steps_of_bf16_weights_add_up(kind: str) -> None:
+    """They move as fp32 ones with the same gradients do, to the bit, and are rounded once."""
+    settings, train = config.Optimizer(kind=kind, lr=1e-6, max_grad_norm=1e9), {"model", "indexer"}
+    rough, exact = tiny.model().bfloat16(), tiny.model()
+    exact.load_state_dict(rough.state_dict())
+    first = [p.detach().clone() for p in rough.parameters()]
+    pair = [Optimizers(model, settings, train=train, total_steps=99) for model in (rough, exact)]
+    make = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        for p, q in zip(rough.parameters(), exact.parameters(), strict=True):
+            p.grad = torch.rand(p.shape, generator=make).bfloat16()  # one sign: every step goes the same way
+            q.grad = p.grad.float()
+        for optimizers in pair:
+            optimizers.step()
+    assert len(pair[0].masters) == len(first) and not pair[1].masters
+    for p, q in zip(rough.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(pair[0].masters[p], q) and torch.equal(p, q.bfloat16())
+    moved = [(p != before).float().mean() for p, before in zip(rough.parameters(), first, strict=True)]
+    # A step of 1e-6 alone is less than half of the last bit of any bf16 weight above 5e-4.
+    assert torch.stack(moved).max() > 0.1
+
+
 def test_a_huge_indexer_gradient_does_not_scale_the_models_step() -> None:
     model = tiny.model()
     optimizer = config.Optimizer(lr=1e-3, max_grad_norm=1.0)

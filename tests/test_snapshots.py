@@ -30,7 +30,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.sparse_checkpoint(tmp_path_factory.mktemp("sparse"))
 
 
-def _learner(path: Path, **optimizer: Any) -> Learner:
+def _learner(path: Path, dtype: str = "float32", **optimizer: Any) -> Learner:
     return Learner(
         Setup(
             checkpoint=path,
@@ -41,6 +41,7 @@ def _learner(path: Path, **optimizer: Any) -> Learner:
             indexer_loss="sparse",
             balance_speed=0.01,
             deterministic=True,
+            dtype=dtype,
         )
     )
 
@@ -54,10 +55,13 @@ def _digest(learner: Learner, out: Path) -> str:
     return learner.finish(out)["state_sha256"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_restored_learner_goes_on_with_the_same_bits(sparse: Path, tmp_path: Path, kind: str) -> None:
-    """Weights, moments, schedule, routing bias, spike guard, version and random numbers."""
-    learner = _learner(sparse, kind=kind, spike_factor=9.0)
+def test_a_restored_learner_goes_on_with_the_same_bits(
+    sparse: Path, tmp_path: Path, kind: str, dtype: str
+) -> None:
+    """Weights, their fp32 copies, moments, schedule, routing bias, spike guard, version and random numbers."""
+    learner = _learner(sparse, dtype, kind=kind, spike_factor=9.0)
     for step in range(3):
         learner.lm_step(_batches(step))
     folder = tmp_path / "snapshot"
@@ -69,7 +73,7 @@ def test_a_restored_learner_goes_on_with_the_same_bits(sparse: Path, tmp_path: P
     drawn = torch.rand(2).tolist(), np.random.random()
     for step in range(3, 6):
         learner.lm_step(_batches(step))
-    other = _learner(sparse, kind=kind, spike_factor=9.0)
+    other = _learner(sparse, dtype, kind=kind, spike_factor=9.0)
     other.restore(folder)
     assert (torch.rand(2).tolist(), np.random.random()) == drawn
     assert (other.version, other.optimizers.step_count) == (3, 3)
