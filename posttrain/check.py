@@ -5,10 +5,9 @@ reference answer of a first task. Left out: pretrain.tokenizer, which needs tran
 module is looked for. Next: pipeline.py.
 """
 
-import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -119,7 +118,7 @@ def _domain(domain: Domain, cfg: Run) -> list[RewardLine]:
     for name in ("tool", "environment", "demonstrate"):
         path = getattr(domain, name)
         if path is not None:
-            _load(path, f"{where}: {name}")
+            load_object(path, f"{where}: {name}")
     tasks = load_tasks(domain.tasks, domain=domain.name, seed=cfg.seed, where=domain.where)
     task = next(iter(tasks), None)
     if task is None:
@@ -157,17 +156,6 @@ def _try(reward: Reward, task: Task, cfg: Run, *, use: str) -> RewardLine:
         empty=scores[0],
         reference=scores[1] if len(scores) > 1 else None,
     )
-
-
-def _load(path: str, what: str) -> Callable[..., Any]:
-    module, colon, name = path.partition(":")
-    if not colon:
-        raise ValueError(f"{what} {path!r}: write it as package.module:function")
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what} {path!r} does not load: {error}") from error
-    return function
 
 
 def _find_module(stage: Pretrain) -> None:

@@ -5,15 +5,14 @@ is the order of execution. Next: schema.py for the nouns, pipeline.py for how st
 """
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from posttrain import overrides
+from posttrain import overrides, stage_uri
 
-_STAGE = "stage://"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -42,29 +41,11 @@ class Reward(Model):
     @property
     def stages(self) -> list[str]:
         """Stages whose checkpoints it asks."""
-        found: list[str] = []
-
-        def note(name: str) -> str:
-            found.append(name)
-            return name
-
-        _replaced(self.args, note)
-        return found
+        return stage_uri.stages(self.args)
 
     def resolved(self, run: Path) -> "Reward":
         """The same with the folders of the run's stages."""
-        return self.model_copy(update={"args": _replaced(self.args, lambda name: str(run / name))})
-
-
-def _replaced(value: Any, of: Callable[[str], str]) -> Any:
-    """The value with of(NAME) in the place of every "stage://NAME" in it."""
-    if isinstance(value, dict):
-        return {key: _replaced(part, of) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_replaced(part, of) for part in value]
-    if isinstance(value, str) and value.startswith(_STAGE):
-        return of(value.removeprefix(_STAGE))
-    return value
+        return self.model_copy(update={"args": stage_uri.resolved(self.args, run)})
 
 
 class Domain(Model):
