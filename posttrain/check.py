@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from posttrain import config
-from posttrain.config import Domain, Pretrain, Reward, Run
+from posttrain.config import Domain, Pretrain, Reward, Rl, Run
 from posttrain.rewards.base import Verdict, judge, load_object, load_reward, reference_rollout
 from posttrain.schema import Task
 from posttrain.table import columns
@@ -67,6 +67,10 @@ def check(cfg: Run, *, config_only: bool = False) -> Report:
     for stage in cfg.stages:
         if isinstance(stage, Pretrain):
             _find_module(stage)
+        if isinstance(stage, Rl):
+            for name, part in stage.mix.items():
+                if part.level is not None:
+                    _load(part.level, f"stage {stage.name!r}: mix.{name}.level")
     rewards = [line for domain in cfg.domains for line in _domain(domain, cfg)]
     return Report(cfg=cfg, stages=stages, rewards=tuple(rewards))
 

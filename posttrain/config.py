@@ -241,6 +241,15 @@ class Mix(Model):
 
     weight: float = Field(1.0, gt=0)
     """Share of the tasks of a step, relative to the other domains."""
+    specialist: str | None = None
+    """Stage that trained the domain's specialist. If it is evaluated, its pass@1 less the pass rate in this stage's
+    rollouts is logged as gap/<domain>."""
+    curriculum: float = Field(0.0, ge=0, le=0.95)
+    """Chance with which a task is passed over whose group cannot have a signal (pass rate 0 or 1 as measured so far);
+    less the likelier a signal is. 0 = off. Neither V3.2 nor V4 publishes a curriculum."""
+    level: str | None = None
+    """Import path of `fn(task) -> level of difficulty`; tasks of a level share what the curriculum has measured. None:
+    a task that was not seen yet is taken for one of its domain."""
     loss_weight: float = Field(1.0, gt=0)
     """Factor on the domain's loss."""
     kl_coef: float = Field(0.0, ge=0)
@@ -359,6 +368,9 @@ class Rl(_Stage):
     """None: all weights train."""
     loss: Loss = Loss()
     keep: Keep = Keep()
+    follow_gap: float = Field(0.0, ge=0)
+    """Domains behind their specialist get more tasks: the weight counts exp(follow_gap * gap) times, with the gap of
+    pass rates; 2 gives 20 points behind 1.5 times as many. 0 = off."""
     refill_rounds: int = Field(0, ge=0)
     """Rounds in which groups of equal rewards are replaced by groups of fresh tasks of the same domain (DAPO 3.2,
     dynamic sampling); more make steps fuller and longer; 0 = off."""
@@ -518,6 +530,11 @@ class Run(Model):
         """Folder of the run."""
         return self.out / self.name
 
+    def evaluated_specialists(self, stage: Rl) -> dict[str, str]:
+        """Domain -> the stage that trained its specialist, for those that an evaluation follows."""
+        evaluated = {s.name for s in self.stages if s.evaluate}
+        return {name: p.specialist for name, p in stage.mix.items() if p.specialist in evaluated}
+
     def domain(self, name: str) -> Domain:
         """The domain of that name (names are checked when the config is read)."""
         return next(d for d in self.domains if d.name == name)
@@ -539,6 +556,7 @@ class Run(Model):
                     )
             if isinstance(stage, Rl):
                 self._buffers_fit(stage)
+                self._specialists_known(stage, before)
             if self._reads_domains(stage):
                 self._judges_known(stage, before)
             before.append(stage.name)
@@ -558,6 +576,22 @@ class Run(Model):
                         f"domain {domain.name!r}: a reward asks stage {name!r}, which {why} "
                         f"(stage {stage.name!r} reads the domain)"
                     )
+
+    def _specialists_known(self, stage: Rl, before: Sequence[str]) -> None:
+        measured = self.evaluated_specialists(stage)
+        for name, part in stage.mix.items():
+            if part.specialist is None:
+                continue
+            _known_source(stage.name, part.specialist, before, [s.name for s in self.stages])
+            if name not in measured:
+                raise ValueError(
+                    f"stage {stage.name!r}: mix.{name}.specialist={part.specialist!r} is not evaluated in this run, so "
+                    "that there is no gap to log; set its evaluate = true"
+                )
+        if stage.follow_gap and not measured:
+            raise ValueError(
+                f"stage {stage.name!r}: follow_gap={stage.follow_gap} without a specialist; set mix.DOMAIN.specialist"
+            )
 
     def _buffers_fit(self, stage: Rl) -> None:
         for name, part in stage.mix.items():

@@ -58,10 +58,13 @@ def select(units: Sequence[Unit], *, only: str | None, until: str | None) -> lis
 
 
 def stage_sources(cfg: Run, unit: Unit) -> list[str]:
-    """Names of the stages whose output a unit reads: its sources, then the judges of its domains."""
+    """Names of the stages whose output a unit reads: its sources, then the judges of its domains, then the
+    evaluations of its specialists."""
     every = [unit.source] if isinstance(unit, EvaluateUnit) else config.sources(unit)
     judges = [name for domain in _domains(cfg, unit) for name in domain.stages]
-    return list(dict.fromkeys([*(source for source in every if not config.is_path(source)), *judges]))
+    gaps = cfg.evaluated_specialists(unit).values() if isinstance(unit, Rl) else ()
+    inside = [source for source in every if not config.is_path(source)]
+    return list(dict.fromkeys([*inside, *judges, *(f"{name}.eval" for name in gaps)]))
 
 
 def ancestors(cfg: Run, units: Sequence[Unit], unit: Unit) -> list[Unit]:
