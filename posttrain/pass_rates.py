@@ -31,7 +31,7 @@ class PassRates:
             return
         for kind, key in _keys(domain, level, task):
             count = self._counts[kind].setdefault(key, [0.0, 0.0])
-            factor = 1.0
+            factor = 1.0 if kind == "task" else weight
             for i, new in enumerate((sum(known), len(known))):
                 count[i] = count[i] * (1 - 1 / _MEMORY[kind]) + factor * new
 
