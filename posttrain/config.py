@@ -242,8 +242,8 @@ class Mix(Model):
     weight: float = Field(1.0, gt=0)
     """Share of the tasks of a step, relative to the other domains."""
     specialist: str | None = None
-    """Stage that trained the domain's specialist. If it is evaluated, its pass@1 less the pass rate in this stage's
-    rollouts is logged as gap/<domain>."""
+    """Stage that trained the domain's specialist: the teacher, with mopd. If the stage is evaluated, its pass@1 less
+    the pass rate in this stage's rollouts is logged as gap/<domain>."""
     curriculum: float = Field(0.0, ge=0, le=0.95)
     """Chance with which a task is passed over whose group cannot have a signal (pass rate 0 or 1 as measured so far);
     less the likelier a signal is. 0 = off. Neither V3.2 nor V4 publishes a curriculum."""
@@ -333,6 +333,20 @@ class Lora(Model):
     """Adapters count alpha / rank times; larger learns faster at the same rate."""
 
 
+class Mopd(Model):
+    """Multi-teacher on-policy distillation (V4, arXiv 2606.19348): on its own rollouts the policy is pulled towards the
+    specialist of each rollout's domain, by reverse KL. The domain's loss_weight is the teacher's weight."""
+
+    form: Literal["full", "sampled"] = "full"
+    """"full": the KL over the whole vocabulary at every token (V4's); "sampled": log(pi_teacher / pi) of the sampled
+    token as its advantage, the same gradient in expectation, with more noise and one set of logits less."""
+    coef: float = Field(1.0, gt=0)
+    """Weight of the KL; only its size beside rewards and kl_coef matters, since Adam does not see scales."""
+    rewards: bool = False
+    """Keep the group's advantages beside the teachers; a domain without a specialist then has rewards alone. False: the
+    teachers replace them, and rewards are only reported."""
+
+
 class Rollouts(Model):
     """How completions are generated."""
 
@@ -368,6 +382,8 @@ class Rl(_Stage):
     """None: all weights train."""
     loss: Loss = Loss()
     keep: Keep = Keep()
+    mopd: Mopd | None = None
+    """Learn from the specialists of the mix instead of, or beside, the rewards. None: rewards alone (V3.2)."""
     follow_gap: float = Field(0.0, ge=0)
     """Domains behind their specialist get more tasks: the weight counts exp(follow_gap * gap) times, with the gap of
     pass rates; 2 gives 20 points behind 1.5 times as many. 0 = off."""
@@ -381,6 +397,12 @@ class Rl(_Stage):
     """Warn when fewer than this share of the groups has two different rewards."""
     max_unscorable: float = Field(0.5, ge=0, le=1)
     """Fail when more than this share of a step's completions cannot be scored: a reward is broken."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The specialists that it learns from, each once."""
+        named = [part.specialist for part in self.mix.values() if part.specialist is not None]
+        return tuple(dict.fromkeys(named)) if self.mopd is not None else ()
 
 
 class Distill(_Stage):
@@ -581,16 +603,24 @@ class Run(Model):
         measured = self.evaluated_specialists(stage)
         for name, part in stage.mix.items():
             if part.specialist is None:
+                if stage.mopd is not None and not stage.mopd.rewards:
+                    raise ValueError(
+                        f"stage {stage.name!r}: mopd without rewards has nothing to teach {name!r} with; set "
+                        f"mix.{name}.specialist or mopd.rewards = true"
+                    )
                 continue
             _known_source(stage.name, part.specialist, before, [s.name for s in self.stages])
-            if name not in measured:
+            if name not in measured and stage.mopd is None:
                 raise ValueError(
                     f"stage {stage.name!r}: mix.{name}.specialist={part.specialist!r} is not evaluated in this run, so "
-                    "that there is no gap to log; set its evaluate = true"
+                    "that there is no gap to log; set its evaluate = true, or mopd to learn from it"
                 )
+        if stage.mopd is not None and not any(part.specialist for part in stage.mix.values()):
+            raise ValueError(f"stage {stage.name!r}: mopd without a specialist; set mix.DOMAIN.specialist")
         if stage.follow_gap and not measured:
             raise ValueError(
-                f"stage {stage.name!r}: follow_gap={stage.follow_gap} without a specialist; set mix.DOMAIN.specialist"
+                f"stage {stage.name!r}: follow_gap={stage.follow_gap} without an evaluated specialist; "
+                "set mix.DOMAIN.specialist"
             )
 
     def _buffers_fit(self, stage: Rl) -> None:
@@ -609,7 +639,8 @@ def sources(stage: Stage) -> list[str]:
         return list(stage.specialists.values())
     if isinstance(stage, Pretrain):
         return []
-    return [stage.source, *(stage.data if isinstance(stage, Sft) else [])]
+    teachers = stage.teachers if isinstance(stage, Rl) else ()
+    return [stage.source, *(stage.data if isinstance(stage, Sft) else teachers)]
 
 
 def is_path(source: str) -> bool:

@@ -119,6 +119,8 @@ def _setup(stage: config.Rl, job: Job) -> Setup:
         indexer_loss="sparse" if train_indexer else "none",
         balance_speed=stage.balance_speed,
         lora=stage.lora,
+        mopd=stage.mopd,
+        teachers=tuple(job.source(name) for name in stage.teachers),
         reference=stage.loss.kl != "none" and any(part.kl_coef > 0 for part in stage.mix.values()),
         seed=job.seed,
     )
@@ -225,6 +227,9 @@ def _judge(stage: config.Rl, plan: generation.GroupPlan, group: Group, scores: S
             penalty = overlong_penalty(used, budget=request.max_new_tokens, buffer=buffer)
             judged.append((row, row.score.value + penalty))
     found = advantages([value for _, value in judged], divide_by_std=stage.loss.divide_by_std)
+    mopd = stage.mopd if stage.mix[plan.domain.name].specialist is not None else None
+    if mopd is not None and (found is None or not mopd.rewards):
+        found = [0.0] * len(judged)  # the teacher has something to say on every completion
     for row in rows:
         row.fate = _UNSCORABLE if row.score.value is None else _NO_SIGNAL
     if found is not None:
@@ -337,6 +342,7 @@ def _sample(row: Row, group_size: int, stage: config.Rl, cfg: config.Run) -> Sam
         clip=_clip(stage, part),
         length_budget=part.max_new_tokens or cfg.domain(row.task.domain).max_new_tokens,
         domain=row.task.domain,
+        teacher=stage.teachers.index(part.specialist) if part.specialist in stage.teachers else None,
         kept=rollout.kept,
         experts=rollout.experts,
         sampling_mask=rollout.sampling_mask,
