@@ -66,11 +66,14 @@ ARMS: dict[str, dict[str, Any]] = {
     },
 }
 """Changes to ALL; the engine computes in bf16."""
-BARE = {"loss": {"offpolicy_delta": None}, "keep": {"routing": False, "topk": False}}
+BARE: dict[str, Any] = {
+    "loss": {"kl": "none", "offpolicy_delta": None, "old_policy": "recomputed"},
+    "keep": {"routing": False, "topk": False},
+}
 INCONSISTENT: dict[str, dict[str, Any]] = {
     "same selection": BARE,
-    "other selection": BARE | {"noise": 1.0},
-    "other selection, Keep Top-k": BARE | {"keep": {"routing": False, "topk": True}, "noise": 1.0},
+    "other selection": BARE | {"noise": 0.5},
+    "other selection, Keep Top-k": BARE | {"keep": {"routing": False, "topk": True}, "noise": 0.5},
 }
 """The collapse demo: an fp32 engine, whose indexers' queries get noise of that relative size with every new weights."""
 
@@ -207,7 +210,7 @@ def _recipe(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> config.Run:
         "kind": "rl",
         "source": spec["base"],
         "steps": spec["steps"],
-        "mix": {name: {"kl_coef": 0.02}},
+        "mix": {name: {"kl_coef": 0.05}},
         "updates_per_step": 4,
         "optimizer": {"lr": spec["lr"]},
         **{part: ALL[part] | changes.get(part, {}) for part in ALL},
@@ -248,7 +251,6 @@ class _Log:
             # At the end worth less than half of what had been gained.
             "collapsed": float(curve[-1] < curve[0] + 0.5 * (max(curve) - curve[0])),
             "gap": statistics.mean(gaps) if gaps else math.nan,
-            "masked": statistics.mean(row.get("offpolicy_masked", 0.0) for row in self.rows),
         }
 
 
