@@ -297,6 +297,11 @@ class PartContext(PackedContext):
         return self._plans[0]
 
 
+def entry_part(name: KeyName, entries: Tensor, entry_size: int) -> Tensor:
+    """Of cache entries [..., E + I] the latents and rotary keys, or the indexer keys; a view."""
+    return entries[..., :entry_size] if name == "entries" else entries[..., entry_size:]
+
+
 class StaticCache:
     """One entry per token and layer, [latent | rotary key | indexer key], preallocated: [B, L, E + I] per layer."""
 
@@ -308,7 +313,7 @@ class StaticCache:
 
     def part(self, name: KeyName, entries: Tensor) -> Tensor:
         """The part of that name of entries [..., E + I]."""
-        return entries[..., : self.entry_size] if name == "entries" else entries[..., self.entry_size :]
+        return entry_part(name, entries, self.entry_size)
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows."""

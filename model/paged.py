@@ -19,7 +19,7 @@ from torch import Tensor
 from posttrain.kernels import reference
 from posttrain.kernels.backend import Backend
 from posttrain.kernels.pages import Pages
-from posttrain.model.context import AttentionMode, Base, KeyName, Part, Plan, plan_documents
+from posttrain.model.context import AttentionMode, Base, KeyName, Part, Plan, entry_part, plan_documents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +33,7 @@ class PagedCache:
 
     def part(self, layer: int, name: KeyName) -> Tensor:
         """Latents and rotary keys [P, S, E] of a layer, or indexer keys [P, S, I]."""
-        pool = self.pools_PSX[layer]
-        return pool[..., : self.entry_size] if name == "entries" else pool[..., self.entry_size :]
+        return entry_part(name, self.pools_PSX[layer], self.entry_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +128,6 @@ class _Rows(Base):
     table_BM: Tensor = field(kw_only=True)
     lengths_B: Tensor = field(kw_only=True)
     positions_T: Tensor = field(init=False)
-    _slots_BL: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.positions_T = self.query_positions_BQ.reshape(-1)
@@ -146,13 +144,8 @@ class _Rows(Base):
     def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         """The pool's slots for sequences with one new token, else the sequence's own."""
         if self._single:
-            pool_PSX = self.cache.pools_PSX[layer]
-            slots_X = pool_PSX.view(-1, pool_PSX.shape[-1])
-            return (
-                slots_X[:, : self.cache.entry_size]
-                if name == "entries"
-                else slots_X[:, self.cache.entry_size :]
-            )
+            part_PSX = self.cache.part(layer, name)
+            return part_PSX.view(-1, part_PSX.shape[-1])
         return self.keys(layer, name, x_T)[0]
 
     def slots(self, kept_BQK: Tensor) -> Tensor:

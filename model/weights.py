@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 22
-"""Elements looked at together: what bounds the memory of a checksum."""
+_PERIOD = 65_521
+"""A prime: two rows of a matrix never have the same weights, so that swapping them is seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +66,15 @@ def take(model: nn.Module, weights: Weights) -> None:
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    """Two sums of the bits, int64 [2]: plain, and weighted by place so that order counts. Wrapping adds are exact."""
+    """Two sums of the bits, int64 [2]: plain, and weighted by place so that order counts. Wrapping adds are exact.
+
+    Weights repeat after _PERIOD places, so that one pass sums the columns and no copy in int64 is made.
+    """
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    flat = (
-        tensor.detach().contiguous().view(-1).view(words)
-        if tensor.dim()
-        else tensor.detach().view(1).view(words)
-    )
-    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    for start in range(0, len(flat), CHUNK):
-        bits = flat[start : start + CHUNK].to(torch.int64)
-        place = torch.arange(start, start + len(bits), device=bits.device)
-        total += torch.stack((bits.sum(), (bits * (place % 65_521 + 1)).sum()))
-    return total.cpu()
+    flat = tensor.detach().contiguous().reshape(-1).view(words)
+    width = max(1, min(len(flat), _PERIOD))
+    end = len(flat) // width * width
+    columns = flat[:end].view(-1, width).sum(0, dtype=torch.int64)
+    columns[: len(flat) - end] += flat[end:]
+    place = torch.arange(1, width + 1, device=flat.device)
+    return torch.stack((columns.sum(), (columns * place).sum())).cpu()

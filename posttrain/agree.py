@@ -108,8 +108,9 @@ def measure(
         for layer in range(0 if rollout.kept is None else len(rollout.kept)):
             kept_BQK = context.records[layer].kept_BQK
             assert kept_BQK is not None and rollout.kept is not None, "the learner selects too"
-            overlap = _jaccard(kept_BQK[0, :num].cpu().numpy(), rollout.kept[layer])
-            overlaps.setdefault(layer, []).append(overlap[model.config.index_topk :])
+            some = slice(model.config.index_topk, num)  # queries before keep everything
+            overlap = _jaccard(kept_BQK[0, some].cpu().numpy(), rollout.kept[layer][some])
+            overlaps.setdefault(layer, []).append(overlap)
     log_M = np.concatenate(gaps)  # log(engine / learner)
     return Agreement(
         **gap_figures(log_M),
@@ -140,7 +141,8 @@ def _learner_pass(
 
 def _jaccard(a_QK: NDArray[Any], b_QK: NDArray[Any]) -> NDArray[Any]:
     """Overlap over union of two sets of keys per query, [Q]; -1 is no key."""
-    both = ((a_QK[:, :, None] == b_QK[:, None]) & (a_QK >= 0)[:, :, None]).any(-1).sum(-1)
+    all_QK = np.sort(np.concatenate([a_QK, b_QK], 1), 1)  # a key of both stands twice, side by side
+    both = ((all_QK[:, 1:] == all_QK[:, :-1]) & (all_QK[:, 1:] >= 0)).sum(-1)
     either: NDArray[Any] = (a_QK >= 0).sum(-1) + (b_QK >= 0).sum(-1) - both
     overlap: NDArray[Any] = both / np.maximum(either, 1)
     return overlap

@@ -1,18 +1,17 @@
 """`posttrain check`: is this recipe fit to run? No torch and no GPU, seconds instead of hours.
 
 Loads every function the recipe names and calls each reward once, on an empty answer and on the
-reference answer of a first task. Left out: pretrain.tokenizer, which needs transformers; only its
-module is looked for. Next: pipeline.py.
+reference answer of a first task. Left out: rewards that ask a stage's checkpoint, which may take minutes to load, and
+pretrain.tokenizer, which needs transformers; that they are there is checked. Next: pipeline.py.
 """
 
-import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from posttrain import config
+from posttrain import config, graph, levels
 from posttrain.config import Domain, Pretrain, Reward, Rl, Run
 from posttrain.rewards.base import Verdict, judge, load_object, load_reward, reference_rollout
 from posttrain.schema import Task
@@ -45,8 +44,8 @@ class RewardLine:
     """For the empty answer."""
     reference: float | None
     """For the task's reference answer as the whole text; None where the task has none."""
-    waits_for: tuple[str, ...] = ()
-    """Stages that have yet to make what it asks: it was loaded, not called."""
+    asks: tuple[str, ...] = ()
+    """Stages whose checkpoints it asks: it was found, not called, since a judge may be as large as the policy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +66,6 @@ def check(cfg: Run, *, config_only: bool = False) -> Report:
     for stage in cfg.stages:
         if isinstance(stage, Pretrain):
             _find_module(stage)
-        if isinstance(stage, Rl):
-            for name, part in stage.mix.items():
-                if part.level is not None:
-                    _load(part.level, f"stage {stage.name!r}: mix.{name}.level")
     rewards = [line for domain in cfg.domains for line in _domain(domain, cfg)]
     return Report(cfg=cfg, stages=stages, rewards=tuple(rewards))
 
@@ -111,7 +106,7 @@ def _stage_line(stage: config.Stage) -> StageLine:
     return StageLine(
         name=stage.name,
         kind=stage.kind,
-        sources=tuple(config.sources(stage)),
+        sources=tuple(graph.sources(stage)),
         steps=getattr(stage, "steps", None),
         domains=tuple(domains),
         evaluate=stage.evaluate,
@@ -123,25 +118,24 @@ def _domain(domain: Domain, cfg: Run) -> list[RewardLine]:
     for name in ("tool", "environment", "demonstrate"):
         path = getattr(domain, name)
         if path is not None:
-            _load(path, f"{where}: {name}")
+            load_object(path, f"{where}: {name}")
     tasks = load_tasks(domain.tasks, domain=domain.name, seed=cfg.seed, where=domain.where)
     task = next(iter(tasks), None)
     if task is None:
         raise ValueError(f"{where}: {domain.tasks} has no task (where = {domain.where})")
+    for stage in cfg.stages:
+        if isinstance(stage, Rl) and domain.name in stage.mix:
+            levels.load(domain.name, stage.mix[domain.name].level)(task)
     rewards = [("reward", reward) for reward in domain.rewards]
     rewards += [("passes", reward) for reward in domain.passes]
-    return [_try(reward, task, cfg, use=use) for use, reward in rewards]
+    return [_try(reward, task, use=use) for use, reward in rewards]
 
 
-def _try(reward: Reward, task: Task, cfg: Run, *, use: str) -> RewardLine:
+def _try(reward: Reward, task: Task, *, use: str) -> RewardLine:
     """Call a reward on a group of two answers: nothing, and the reference."""
-    missing = tuple(name for name in reward.stages if not (cfg.path / name).is_dir())
-    if missing:
+    if asks := tuple(reward.stages):
         load_object(reward.fn, "reward")
-        return RewardLine(
-            domain=task.domain, fn=reward.fn, use=use, empty=None, reference=None, waits_for=missing
-        )
-    reward = reward.resolved(cfg.path)
+        return RewardLine(domain=task.domain, fn=reward.fn, use=use, empty=None, reference=None, asks=asks)
     function = load_reward(reward.fn, reward.args)
     nothing = replace(reference_rollout(task), text="", messages=({"role": "assistant", "content": ""},))
     rollouts = [nothing] if task.answer is None else [nothing, reference_rollout(task, 1)]
@@ -163,17 +157,6 @@ def _try(reward: Reward, task: Task, cfg: Run, *, use: str) -> RewardLine:
     )
 
 
-def _load(path: str, what: str) -> Callable[..., Any]:
-    module, colon, name = path.partition(":")
-    if not colon:
-        raise ValueError(f"{what} {path!r}: write it as package.module:function")
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what} {path!r} does not load: {error}") from error
-    return function
-
-
 def _find_module(stage: Pretrain) -> None:
     module, colon, _ = stage.tokenizer.partition(":")
     try:
@@ -188,7 +171,7 @@ def _find_module(stage: Pretrain) -> None:
 
 
 def _scores(line: RewardLine) -> tuple[str, str]:
-    if line.waits_for:
-        return f"after {', '.join(line.waits_for)}", "-"
+    if line.asks:
+        return f"asks {', '.join(line.asks)}", "-"
     empty, reference = ("-" if value is None else json.dumps(value) for value in (line.empty, line.reference))
     return empty, reference

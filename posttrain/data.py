@@ -15,7 +15,7 @@ from posttrain import text
 from posttrain.config import TextData
 from posttrain.domains import Domain
 from posttrain.rollouts import chat
-from posttrain.schema import Message, Sample
+from posttrain.schema import Sample
 
 
 def demonstrations(
@@ -37,7 +37,7 @@ def demonstrations(
         task = rng.choice(tasks)
         assert domain.demonstrate is not None, "checked above"
         messages = [*task.messages, *domain.demonstrate(task, rng)]
-        yield chat_sample(f"{domain.name}.{i}", messages, tokenizer)
+        yield text.chat_sample(f"{domain.name}.{i}", messages, tokenizer)
 
 
 def lm_stream(
@@ -69,12 +69,6 @@ def counted(stream: Iterable[Sample], *, topk: int, at_least: int) -> list[Sampl
         f"held-out data has only {total} targets with more than {topk} causal keys, {at_least} wanted; "
         "lower heldout_tokens or add data"
     )
-
-
-def chat_sample(id: str, messages: list[Message], tokenizer: chat.Tokenizer) -> Sample:
-    """A conversation as a sample; the assistant's tokens are the targets."""
-    tokens, mask = chat.encode_with_mask(tokenizer, messages)
-    return Sample(id=id, tokens=np.array(tokens, np.int32), mask=np.array(mask, np.bool_))
 
 
 def epochs(rows: Sequence[Sample], *, seed: int) -> Iterator[Sample]:

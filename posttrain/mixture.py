@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
+from posttrain import levels
 from posttrain.config import Mix
 from posttrain.domains import Domain
 from posttrain.generation import sample_seed
-from posttrain.pass_rates import PassRates, signal_chance
-from posttrain.rewards.base import load_object
+from posttrain.pass_rates import Key, PassRates, signal_chance
 from posttrain.schema import Task
 
 Verdicts = Sequence[bool | None]
@@ -40,7 +40,7 @@ class TaskOrder:
         self._specialists, self._follow_gap = specialists or {}, follow_gap
         self._rates = PassRates()
         self._credit = dict.fromkeys(domains, 0.0)
-        self._levels = {name: _level_function(name, mix[name]) for name in domains}
+        self._levels = {name: levels.load(name, mix[name].level) for name in domains}
         self._streams = {
             name: _Epochs(domain, seed, lambda task, epoch: self._lets_through(task, epoch, seed))
             for name, domain in domains.items()
@@ -70,7 +70,9 @@ class TaskOrder:
         """Take notice of groups, all of them given out since this was last called."""
         weights = [1 / self._chance(task) for task, _ in seen]  # before any of them changes a rate
         for (task, verdicts), weight in zip(seen, weights, strict=True):
-            self._rates.add(task.domain, self._level(task), task.id, verdicts, weight=weight)
+            domain, *parts = self._keys(task)
+            curriculum = self._mix[task.domain].curriculum > 0  # alone asks for levels and tasks
+            self._rates.add([domain, *parts] if curriculum else [domain], verdicts, weight=weight)
 
     def gaps(self) -> dict[str, float]:
         """How far each domain is behind its specialist: pass@1 of that one less the pass rate measured here."""
@@ -107,11 +109,17 @@ class TaskOrder:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was asked for."""
-        self._credit = dict(state["credit"])
-        self._rates.restore(state["rates"])
-        for name, stream in self._streams.items():
-            stream.restore(state["streams"][name])
+        """Go on where `state` was asked for; ValueError for that of a version which remembered less."""
+        try:
+            self._credit = dict(state["credit"])
+            self._rates.restore(state["rates"])
+            for name, stream in self._streams.items():
+                stream.restore(state["streams"][name])
+        except KeyError as missing:
+            raise ValueError(
+                f"the snapshot says nothing of {missing}: another version of posttrain wrote it; remove the "
+                "stage's folder *.partial to begin the stage anew"
+            ) from None
 
     def _lets_through(self, task: Task, epoch: int, seed: int) -> bool:
         """By a draw of the task's own, so that no generator has to be remembered."""
@@ -123,12 +131,12 @@ class TaskOrder:
         strength = self._mix[task.domain].curriculum
         if strength == 0:
             return 1.0
-        rate = self._rates.task(task.domain, self._level(task), task.id)
+        rate = self._rates.expected(self._keys(task))
         return 1.0 - strength * (1.0 - signal_chance(rate, self._group_size))
 
-    def _level(self, task: Task) -> str:
-        level = self._levels[task.domain]
-        return "" if level is None else str(level(task))
+    def _keys(self, task: Task) -> list[Key]:
+        level = self._levels[task.domain](task)
+        return [("domain", task.domain), ("level", f"{task.domain} {level}"), ("task", task.id)]
 
 
 class _Epochs(Iterator[tuple[Domain, Task, int]]):
@@ -182,10 +190,3 @@ class _Epochs(Iterator[tuple[Domain, Task, int]]):
         self._shuffled_by = self._rng.getstate()
         self._order = self._rng.sample(tasks, len(tasks))
         self._epoch, self._next = self._epoch + 1, 0
-
-
-def _level_function(name: str, part: Mix) -> Callable[[Task], object] | None:
-    if part.level is None:
-        return None
-    function: Callable[[Task], object] = load_object(part.level, f"mix.{name}: level")
-    return function

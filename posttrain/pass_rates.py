@@ -6,6 +6,8 @@ A task that was seen seldom is taken for one of its level, and that for one of i
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Key = tuple[str, str]
+""""domain", "level" or "task", and which."""
 _MEMORY = {"domain": 64.0, "level": 64.0, "task": 4.0}
 """Groups after which a count has faded to 1/e: the policy moves, and a task comes back once an epoch."""
 _PRIOR = 4.0
@@ -18,18 +20,16 @@ class PassRates:
     def __init__(self) -> None:
         self._counts: dict[str, dict[str, list[float]]] = {kind: {} for kind in _MEMORY}
 
-    def add(
-        self, domain: str, level: str, task: str, verdicts: Sequence[bool | None], *, weight: float
-    ) -> None:
-        """Count a group; None, what could not be judged, does not count.
+    def add(self, keys: Sequence[Key], verdicts: Sequence[bool | None], *, weight: float) -> None:
+        """Count a group under all of the keys; None, what could not be judged, does not count.
 
         weight: 1 / the chance with which the task was let through, so that rates of domain and level are those of all
-        tasks and not of the chosen ones.
+        tasks and not of the chosen ones. At most 4 (config.Mix.curriculum), so that no group sways a rate.
         """
         known = [verdict for verdict in verdicts if verdict is not None]
         if not known:
             return
-        for kind, key in _keys(domain, level, task):
+        for kind, key in keys:
             count = self._counts[kind].setdefault(key, [0.0, 0.0])
             factor = 1.0 if kind == "task" else weight
             for i, new in enumerate((sum(known), len(known))):
@@ -40,14 +40,14 @@ class PassRates:
         passed, total = self._counts["domain"].get(name, (0.0, 0.0))
         return passed / total if total else None
 
-    def task(self, domain: str, level: str, task: str) -> float:
-        """What to expect of a task.
+    def expected(self, keys: Sequence[Key]) -> float:
+        """What to expect of a task with these keys, from the whole to the part.
 
         Example: of the domain 30 of 40 passed, of the level nothing was seen, of the task 0 of 8:
         domain (30 + 4 / 2) / 44, level the same, task (0 + 4 * 0.727) / 12 = 0.24.
         """
         rate = 0.5
-        for kind, key in _keys(domain, level, task):
+        for kind, key in keys:
             passed, total = self._counts[kind].get(key, (0.0, 0.0))
             rate = (passed + _PRIOR * rate) / (total + _PRIOR)
         return rate
@@ -64,8 +64,3 @@ class PassRates:
 def signal_chance(rate: float, group_size: int) -> float:
     """The chance that the completions of a group do not all pass and do not all fail: 1 - p^G - (1 - p)^G."""
     return 1.0 - rate**group_size - (1.0 - rate) ** group_size
-
-
-def _keys(domain: str, level: str, task: str) -> list[tuple[str, str]]:
-    """From the whole to the part."""
-    return [("domain", domain), ("level", f"{domain} {level}"), ("task", task)]

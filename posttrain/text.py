@@ -43,9 +43,10 @@ def documents(data: TextData, tokenizer: chat.Tokenizer, *, heldout: bool) -> It
                     yield Sample(id=f"{where}.{part}#{epoch}", tokens=tokens, mask=mask)
         for uri in data.chats:
             for where, row in rows(uri):
-                if is_heldout(json.dumps(_messages(row, where))) == heldout:
+                messages = _messages(row, where)
+                if is_heldout(json.dumps(messages)) == heldout:
                     found = True
-                    yield _chat(row, where, tokenizer, id=f"{where}#{epoch}")
+                    yield chat_sample(f"{where}#{epoch}", messages, tokenizer)
         if heldout:
             return
         if not found:
@@ -57,10 +58,16 @@ def is_heldout(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % _HELDOUT_ONE_IN == 0
 
 
+def chat_sample(id: str, messages: list[Message], tokenizer: chat.Tokenizer, *, domain: str = "") -> Sample:
+    """A conversation as a sample; the assistant's tokens are the targets."""
+    tokens, mask = chat.encode_with_mask(tokenizer, messages)
+    return Sample(id=id, tokens=np.array(tokens, np.int32), mask=np.array(mask, np.bool_), domain=domain)
+
+
 def chats(path: Path, tokenizer: chat.Tokenizer) -> list[Sample]:
     """Conversations of a .jsonl or .parquet file with a `messages` column, the assistant's turns as targets."""
     return [
-        _chat(row, where, tokenizer, id=where, domain=str(row.get("domain", path.stem)))
+        chat_sample(where, _messages(row, where), tokenizer, domain=str(row.get("domain", path.stem)))
         for where, row in rows(str(path))
     ]
 
@@ -85,11 +92,6 @@ def _cut(text: str, tokenizer: chat.Tokenizer, seq_len: int) -> Iterator[np.ndar
         piece = tokens[start : start + seq_len]
         if len(piece) > 1:  # a single token predicts nothing
             yield np.array(piece, np.int32)
-
-
-def _chat(row: dict[str, Any], where: str, tokenizer: chat.Tokenizer, *, id: str, domain: str = "") -> Sample:
-    tokens, mask = chat.encode_with_mask(tokenizer, _messages(row, where))
-    return Sample(id=id, tokens=np.array(tokens, np.int32), mask=np.array(mask, np.bool_), domain=domain)
 
 
 def _messages(row: dict[str, Any], where: str) -> list[Message]:

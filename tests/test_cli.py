@@ -56,10 +56,10 @@ def test_check_shows_the_stages_and_calls_the_rewards() -> None:
     done = _posttrain("check", "configs/demo.toml")
     assert done.returncode == 0, done.stderr
     assert "the recipe is valid" in done.stdout and "posttrain.rewards.gym:score" in done.stdout
-    report = json.loads(_posttrain("check", "configs/demo.toml", "--set", "out=/nowhere", "--json").stdout)
+    report = json.loads(_posttrain("check", "configs/demo.toml", "--json").stdout)
     assert report["config"]["name"] == "demo"
-    (judge,) = [line for line in report["rewards"] if line["waits_for"]]
-    assert judge["fn"] == "posttrain.rewards.judge:rubric" and judge["waits_for"] == ["judge"]
+    (judge,) = [line for line in report["rewards"] if line["asks"]]
+    assert judge["fn"] == "posttrain.rewards.judge:rubric" and judge["asks"] == ["judge"]
     assert {r["domain"] for r in report["rewards"]} == {"math", "logic", "agent", "align"}
     assert all(r["empty"] == 0 for r in report["rewards"] if r is not judge)
 

@@ -3,19 +3,25 @@
 import hashlib
 import json
 from collections import Counter
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 
 from posttrain import config, units
+from posttrain.check import check
 from posttrain.domains import Domain, open_domains, passed
 from posttrain.mixture import TaskOrder
-from posttrain.pass_rates import PassRates, signal_chance
+from posttrain.pass_rates import Key, PassRates, signal_chance
+from posttrain.rollouts.fake_engine import FakeEngine
+from posttrain.rollouts.request import Sampling
 from posttrain.schema import Group, Rollout, Score, Task
-from posttrain.stages import rl
+from posttrain.stages import evaluate, rl
+from posttrain.toy import tokenizer
 
 NAMES = ("a", "b", "c")
 
@@ -47,6 +53,11 @@ def is_down(task: Task) -> str:
     return "down" if "down" in task.question else "up"
 
 
+def broken(task: Task) -> str:
+    """A level that reads what no task has."""
+    return str(task.meta["no such key"])
+
+
 def _observe(order: TaskOrder, step: list[tuple[Domain, Task, int]]) -> None:
     """Down always passes, up passes half of the time."""
     order.observe([(task, [True, is_down(task) == "down"] * 4) for _, task, _ in step])
@@ -74,22 +85,26 @@ def test_without_a_curriculum_nothing_that_is_seen_changes_the_order() -> None:
     assert orders[0].figures() == {} and not orders[0].measures("a")
 
 
+def _keys(level: str, task: str) -> list[Key]:
+    return [("domain", "d"), ("level", f"d {level}"), ("task", task)]
+
+
 def test_pass_rates_by_hand() -> None:
     """The example of the docstring; then a second group fades the first by 1 - 1/64 and 1 - 1/4."""
     rates = PassRates()
-    assert rates.domain("d") is None and rates.task("d", "", "t") == 0.5
+    assert rates.domain("d") is None and rates.expected(_keys("", "t")) == 0.5
     for task, verdicts in (("u", [True] * 30 + [False] * 2), ("t", [False] * 8)):
-        rates.add("d", task, task, verdicts, weight=1.0)
+        rates.add(_keys(task, task), verdicts, weight=1.0)
     faded = 1 - 1 / 64
     assert rates.domain("d") == pytest.approx(30 * faded / (32 * faded + 8))
     whole = (30 * faded + 4 * 0.5) / (32 * faded + 8 + 4)
     level = (0 + 4 * whole) / 12
-    assert rates.task("d", "t", "t") == pytest.approx((0 + 4 * level) / 12)
-    rates.add("d", "t", "t", [True, None, True], weight=9.0)
-    level = (9 * 2 + 4 * rates.task("d", "other", "other")) / (8 * faded + 9 * 2 + 4)
-    assert rates.task("d", "t", "t") == pytest.approx((2 + 4 * level) / (8 * 0.75 + 2 + 4))
-    rates.add("d", "t", "t", [None], weight=1.0)
-    assert rates.task("d", "t", "t") == pytest.approx((2 + 4 * level) / (8 * 0.75 + 2 + 4))
+    assert rates.expected(_keys("t", "t")) == pytest.approx((0 + 4 * level) / 12)
+    rates.add(_keys("t", "t"), [True, None, True], weight=3.0)
+    level = (3 * 2 + 4 * rates.expected(_keys("other", "other"))) / (8 * faded + 3 * 2 + 4)
+    assert rates.expected(_keys("t", "t")) == pytest.approx((2 + 4 * level) / (8 * 0.75 + 2 + 4))
+    rates.add(_keys("t", "t"), [None], weight=1.0)
+    assert rates.expected(_keys("t", "t")) == pytest.approx((2 + 4 * level) / (8 * 0.75 + 2 + 4))
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -106,7 +121,7 @@ def test_the_chance_of_a_signal_is_that_of_all_outcomes(size: int) -> None:
 @pytest.mark.parametrize("level", [None, "test_mixture:is_down"])
 def test_a_curriculum_passes_over_what_gives_no_signal(level: str | None) -> None:
     """With levels already in the first epoch; without them once the tasks were seen."""
-    part = {"curriculum": 0.95, "level": level}
+    part = {"curriculum": 0.75, "level": level}
     order = _order({"a": part}, num_tasks=402)
     rates: list[float] = []
     epochs: dict[int, Counter[str]] = {0: Counter(), 1: Counter(), 2: Counter()}
@@ -146,7 +161,7 @@ def test_the_gap_moves_the_shares() -> None:
 
 
 def test_an_order_goes_on_from_its_state() -> None:
-    part = {"curriculum": 0.9, "level": "test_mixture:is_down"}
+    part = {"curriculum": 0.7, "level": "test_mixture:is_down"}
     options: dict[str, Any] = {"specialists": {"b": 0.9}, "follow_gap": 1.0}
     orders = [_order({"a": part, "b": {}, "c": {"curriculum": 0.5}}, **options) for _ in range(2)]
     for _ in range(9):
@@ -158,6 +173,46 @@ def test_an_order_goes_on_from_its_state() -> None:
         for order, step in zip(orders, steps, strict=True):
             _observe(order, step)
     assert orders[0].state() == orders[1].state()
+
+
+@pytest.mark.parametrize("part", ["rates", "passed_over"])
+def test_a_snapshot_that_remembers_less_is_refused_in_one_line(part: str) -> None:
+    order = _order({"a": {}})
+    order.step(3)
+    state = json.loads(json.dumps(order.state()))
+    (state if part == "rates" else state["streams"]["a"]).pop(part)
+    with pytest.raises(ValueError, match=f"the snapshot says nothing of '{part}': another version"):
+        _order({"a": {}}).restore(state)
+
+
+@pytest.mark.parametrize(("curriculum", "kinds"), [(0.0, ["domain"]), (0.5, ["domain", "level", "task"])])
+def test_levels_and_tasks_are_counted_for_a_curriculum_only(curriculum: float, kinds: list[str]) -> None:
+    order = _order({"a": {"curriculum": curriculum}}, specialists={"a": 0.9})
+    _observe(order, order.step(3))
+    assert [kind for kind, counts in order.state()["rates"].items() if counts] == kinds
+
+
+def test_no_group_counts_more_than_four_times() -> None:
+    """A task of which all is known to pass: let through with a chance of 1/4 + 3/4 of that of a signal."""
+    order = _order({"a": {"curriculum": 0.75}}, num_tasks=400)
+    for _ in range(40):
+        step = order.step(4)
+        order.observe([(task, [True] * 8) for _, task, _ in step])
+    assert 3.5 < 1 / order._chance(step[0][1]) <= 4.0
+
+
+def test_a_level_that_fails_is_named_with_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = _order({"a": {"curriculum": 0.5, "level": "test_mixture:broken"}})
+    with pytest.raises(
+        ValueError, match=r"mix\.a\.level: test_mixture:broken fails on task '.+': KeyError: 'no such"
+    ):
+        order.step(1)
+    with pytest.raises(ValueError, match=r"mix\.a\.level 'test_mixture:nothing' does not load"):
+        _order({"a": {"curriculum": 0.5, "level": "test_mixture:nothing"}})
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"test_mixture:broken fails on task"):
+        check(_recipe({"a": {"curriculum": 0.5, "level": "test_mixture:broken"}}))
 
 
 def test_verdicts_are_those_of_passes_where_a_domain_has_them() -> None:
@@ -210,6 +265,48 @@ def test_the_gap_reads_the_evaluation_of_the_specialist(tmp_path: Path) -> None:
     assert rl._specialists(stage, job) == {"a": 0.75}
 
 
+def test_a_specialist_that_is_followed_is_evaluated_as_rollouts_are_sampled(tmp_path: Path) -> None:
+    """Else the gap would be the difference between ways to sample."""
+    plain = _recipe({"a": {"specialist": "special"}, "b": {}})
+    assert not any(u.as_rollouts for u in units.expand(plain) if isinstance(u, units.EvaluateUnit))
+    cfg = plain.model_copy(update={"rollouts": config.Rollouts(top_p=0.9), "out": tmp_path})
+    evaluated = {u.name: u for u in units.expand(cfg) if isinstance(u, units.EvaluateUnit)}
+    assert {name: unit.as_rollouts for name, unit in evaluated.items()} == {
+        "special.eval": True,
+        "mixed.eval": False,
+    }
+    (cfg.path / "special.eval").mkdir(parents=True)
+    table = {"sampled": {"a": {"pass@1": 0.75}}, "rollouts": {"a": {"pass@1": 0.85}}}
+    (cfg.path / "special.eval" / "eval.json").write_text(json.dumps(table))
+    job: Any = SimpleNamespace(cfg=cfg)
+    stage = cfg.stages[-1]
+    assert isinstance(stage, config.Rl) and rl._specialists(stage, job) == {"a": 0.85}
+
+
+def test_an_evaluation_as_rollouts_samples_as_training_does(tmp_path: Path) -> None:
+    cfg = _recipe({"a": {"specialist": "special"}}).model_copy(
+        update={"rollouts": config.Rollouts(engine="fake", temperature=0.7, top_k=5)}
+    )
+    asked: list[Sampling] = []
+
+    def generate(requests: Any, settings: Sampling, _: Any) -> list[Rollout]:
+        asked.append(settings)
+        return FakeEngine(tokenizer.build()).generate(requests, settings)
+
+    job: Any = SimpleNamespace(
+        cfg=cfg,
+        out=tmp_path,
+        source=lambda _: tiny.sparse_checkpoint(tmp_path / "base"),
+        metrics=SimpleNamespace(expect=lambda _: None, log=lambda *_: None),
+        cluster=SimpleNamespace(pool=lambda _: nullcontext(SimpleNamespace(generate=generate))),
+    )
+    (unit, *_) = [u for u in units.expand(cfg) if isinstance(u, units.EvaluateUnit)]
+    evaluate.run(unit, job)
+    table = json.loads((tmp_path / evaluate.FILE).read_text())
+    assert list(table) == ["sampled", "greedy", "rollouts"] and set(table["rollouts"]) == set(NAMES)
+    assert [(s.temperature, s.top_k) for s in asked] == [(1.0, 0), (0.0, 0), (0.7, 5)]
+
+
 @pytest.mark.parametrize(
     ("mix", "fields", "message"),
     [
@@ -217,7 +314,8 @@ def test_the_gap_reads_the_evaluation_of_the_specialist(tmp_path: Path) -> None:
         ({"a": {"specialist": "./there"}}, {}, "specialist='./there' is not evaluated in this run"),
         ({"a": {"specialist": "nobody"}}, {}, "source 'nobody' is no stage"),
         ({"a": {}}, {"follow_gap": 1.0}, "follow_gap=1.0 without an evaluated specialist; set mix.DOMAIN"),
-        ({"a": {"curriculum": 1.0}}, {}, "less than or equal to 0.95"),
+        ({"a": {"curriculum": 0.8}}, {}, "less than or equal to 0.75"),
+        ({"a": {"level": "test_mixture:is_down"}}, {}, "level without a curriculum"),
     ],
 )
 def test_settings_that_nothing_could_follow_are_refused(mix: Any, fields: Any, message: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain import config, generation, packing, rollout_file
+from posttrain import config, generation, graph, packing, rollout_file
 from posttrain.advantage import advantages, overlong_penalty
 from posttrain.cluster import RemoteLearner
 from posttrain.domains import Domain, open_domains, passed
@@ -120,18 +120,18 @@ def _setup(stage: config.Rl, job: Job) -> Setup:
         balance_speed=stage.balance_speed,
         lora=stage.lora,
         mopd=stage.mopd,
-        teachers=tuple(job.source(name) for name in stage.teachers),
+        teachers=tuple(job.source(name) for name in graph.teachers(stage)),
         reference=stage.loss.kl != "none" and any(part.kl_coef > 0 for part in stage.mix.values()),
         seed=job.seed,
     )
 
 
 def _specialists(stage: config.Rl, job: Job) -> dict[str, float]:
-    """pass@1 of each domain's specialist on the held-out tasks."""
-    found = {}
-    for domain, name in job.cfg.evaluated_specialists(stage).items():
+    """pass@1 of each domain's specialist on the held-out tasks, sampled as this stage samples."""
+    found, mode = {}, "sampled" if job.cfg.rollouts.plain else "rollouts"
+    for domain, name in graph.measured_specialists(job.cfg, stage).items():
         table = json.loads((job.cfg.path / f"{name}.eval" / evaluate.FILE).read_bytes())
-        found[domain] = float(table["sampled"][domain]["pass@1"])
+        found[domain] = float(table[mode][domain]["pass@1"])
     return found
 
 
@@ -318,7 +318,7 @@ def _batches(stage: config.Rl, job: Job, groups: Sequence[list[Row]]) -> list[Ba
 
 def _sample(row: Row, group_size: int, stage: config.Rl, cfg: config.Run) -> Sample:
     assert row.advantage is not None, f"{row.id} takes part without an advantage"
-    part, rollout = stage.mix[row.task.domain], row.rollout
+    part, rollout, teachers = stage.mix[row.task.domain], row.rollout, graph.teachers(stage)
     asked = generation.sampling(cfg.rollouts, stage.keep)
     for wanted, recorded, name in (
         (asked.record_experts, rollout.experts, "routing"),
@@ -342,7 +342,7 @@ def _sample(row: Row, group_size: int, stage: config.Rl, cfg: config.Run) -> Sam
         clip=_clip(stage, part),
         length_budget=part.max_new_tokens or cfg.domain(row.task.domain).max_new_tokens,
         domain=row.task.domain,
-        teacher=stage.teachers.index(part.specialist) if part.specialist in stage.teachers else None,
+        teacher=teachers.index(part.specialist) if part.specialist in teachers else None,
         kept=rollout.kept,
         experts=rollout.experts,
         sampling_mask=rollout.sampling_mask,
