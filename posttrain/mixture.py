@@ -117,8 +117,8 @@ class TaskOrder:
                 stream.restore(state["streams"][name])
         except KeyError as missing:
             raise ValueError(
-                f"the snapshot says nothing of {missing}: another version of posttrain wrote it; remove the "
-                "stage's folder *.partial to begin the stage anew"
+                f"the snapshot says nothing of {missing}: another version of posttrain wrote it; to begin the "
+                "stage anew, remove its folder .partial-<stage> in the run's folder"
             ) from None
 
     def _lets_through(self, task: Task, epoch: int, seed: int) -> bool:
