@@ -47,7 +47,7 @@ def recipe(out: Path, source: Path) -> dict[str, Any]:
         "name": "mixed",
         "kind": "rl",
         "source": "sparse",
-        "mix": {"logic": {"curriculum": 0.9}, "align": {"kl_coef": 0.1}},
+        "mix": {"logic": {"curriculum": 0.75}, "align": {"kl_coef": 0.1}},
     }
     mixed |= {
         "tasks_per_step": 3,
