@@ -87,9 +87,9 @@ REAL = Size(
     },
     topk=2048, index_heads=64, index_dim=128, keys=2560, values=512, tokens_per_step=65536,
     pretrain=(
-        Phase(length=96, steps=600, until=0.03), Phase(length=768, steps=300, until=0.03),
-        Phase(length=4096, steps=200, until=0.02), Phase(length=8192, steps=150, until=0.01),
-        Phase(length=16384, steps=100, until=0.005),
+        Phase(length=48, steps=300, until=0.03), Phase(length=192, steps=200, until=0.03),
+        Phase(length=768, steps=150, until=0.03), Phase(length=4096, steps=100, until=0.02),
+        Phase(length=8192, steps=100, until=0.01), Phase(length=16384, steps=100, until=0.005),
     ),
     warmup=(Phase(length=4096, steps=100), Phase(length=16384, steps=80)),
     sparse=(Phase(length=8192, steps=20), Phase(length=16384, steps=60)),
@@ -162,6 +162,8 @@ def main() -> None:
             _stages(run, began, args.minutes * 60)
         finally:
             report["wall_s"] = time.perf_counter() - began
+            if device == "cuda":
+                report["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if args.out:
                 args.out.write_text(json.dumps(report, indent=2) + "\n")
     _verdict(report)
@@ -298,10 +300,11 @@ def _train(run: Run, stage: str, learner: Learner, phases: Sequence[Phase]) -> N
 
 
 def _step(run: Run, length: int) -> list[Batch]:
-    num = max(1, run.size.tokens_per_step // length)
+    half = max(length, run.size.tokens_per_step // 2)  # tokens of one of two passes
+    num = 2 * (half // length)
     samples = [document(run.size, length, run.rng, str(n))[0] for n in range(num)]
     weights = packing.token_weights(samples, "token", num_groups=1)
-    return packing.pack(samples, weights, tokens_per_batch=max(length, run.size.tokens_per_step // 2))
+    return packing.pack(samples, weights, tokens_per_batch=half)
 
 
 def _say(stage: str, length: int, step: int, figures: dict[str, float], began: float) -> None:
