@@ -238,7 +238,7 @@ def _heldout(size: Size) -> list[Heldout]:
 def _fresh(size: Size) -> DeepseekV32ForCausalLM:
     torch.manual_seed(0)
     layers = size.model["num_hidden_layers"]
-    model = DeepseekV32ForCausalLM(
+    return DeepseekV32ForCausalLM(
         DeepseekV32Config(
             **size.model, vocab_size=size.keys + size.values, max_position_embeddings=size.length,
             num_key_value_heads=size.model["num_attention_heads"], first_k_dense_replace=layers,
@@ -247,12 +247,6 @@ def _fresh(size: Size) -> DeepseekV32ForCausalLM:
             index_n_heads=1, index_head_dim=size.model["qk_rope_head_dim"], index_topk=1,
         )
     )  # fmt: skip
-    with (
-        torch.no_grad()
-    ):  # attention by position is made of what all tokens have in common: no projection has a bias
-        embedding = model.model.embed_tokens.weight
-        embedding += embedding.std() * torch.randn(embedding.shape[1])
-    return model
 
 
 def _learner(run: Run, source: Path, stage: str, phases: Sequence[Phase], lr: float) -> Learner:
