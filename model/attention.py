@@ -76,7 +76,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ * self.indexer.head_dim**-0.5, kept_TK)
         if context.diagnose or ((sparse or warmup) and not by_triton):
             scores_BQL = self._index_scores(q_index_TJI, k_index_TI, w_TJ, context)
-            absorbed_THE = torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1)
+            absorbed_THE = self._latent_queries(q_nope_THN, q_rot_THP)
             if warmup or context.diagnose:
                 self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
         elif warmup:
@@ -103,9 +103,17 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         return weight_HR[:, : self.qk_nope_head_dim], weight_HR[:, self.qk_nope_head_dim :]
 
-    def _absorb(self, q_nope_THN: Tensor) -> Tensor:
-        """q^A = W_UK^T q^C: [T, H, N] -> [T, H, R]."""
-        return torch.bmm(q_nope_THN.transpose(0, 1), self.up_projections()[0]).transpose(0, 1)
+    def _latent_queries(self, q_nope_THN: Tensor, q_rot_THP: Tensor) -> Tensor:
+        """[absorbed | rotary] queries [T, H, E]: q^A = W_UK^T q^C (V3.2-Exp Eq. 2)."""
+        q_nope_HTN, up_HNR = q_nope_THN.transpose(0, 1), self.up_projections()[0]
+        if torch.is_grad_enabled():
+            return torch.cat((torch.bmm(q_nope_HTN, up_HNR).transpose(0, 1), q_rot_THP), dim=-1)
+        # Each part goes straight to its place: of a long prompt this is the largest array there is.
+        q_THE = q_rot_THP.new_empty(*q_rot_THP.shape[:2], self.kv_lora_rank + self.qk_rope_head_dim)
+        absorbed_THR, rot_THP = q_THE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        torch.bmm(q_nope_HTN, up_HNR, out=absorbed_THR.transpose(0, 1))
+        rot_THP.copy_(q_rot_THP)
+        return q_THE
 
     def _sparse(self, q_THE: Tensor, entries_TE: Tensor, scores_BQL: Tensor, context: Context) -> Tensor:
         with torch.no_grad():
@@ -190,7 +198,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             kept_TK = rows.kept_TK.int()
             slots_TK = torch.where(kept_TK < 0, kept_TK, kept_TK + ranges.begin_N[:, None])
         o_THR, kl = dsa.attend(
-            torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1),
+            self._latent_queries(rows.q_nope_THN, rows.q_rot_THP),
             entries_SE,
             slots_TK,
             scale=self.scaling,
@@ -209,7 +217,7 @@ class DsaAttention(hf.DeepseekV32Attention):
     def _decode(self, rows: "_Rows", pages: Pages, context: Context) -> Tensor:
         from posttrain.kernels import dsa  # triton exists on Linux only
 
-        q_THE = torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1)
+        q_THE = self._latent_queries(rows.q_nope_THN, rows.q_rot_THP)
         o_BQHR, kept_BQK = dsa.decode(
             context.grid(q_THE),
             context.grid(rows.q_index_TJI),
