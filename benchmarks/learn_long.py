@@ -43,6 +43,8 @@ NEW = 1 / 3
 """Share of the entries that are new."""
 RECENT = 10
 """Steps that decide whether a length is learned."""
+PASS = 32768
+"""Tokens of a forward pass, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,11 @@ class Phase:
 
     length: int
     steps: int
+    tokens: int
+    """Of a step. While retrieval forms the number of steps counts and not their size; long documents need many."""
     until: float = 0.0
+    needed: bool = False
+    """Where `until` is not reached the run ends: longer documents would teach guessing, not retrieval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +70,6 @@ class Size:
     index_dim: int
     keys: int
     values: int
-    tokens_per_step: int
     pretrain: tuple[Phase, ...]
     warmup: tuple[Phase, ...]
     sparse: tuple[Phase, ...]
@@ -85,14 +90,19 @@ REAL = Size(
         "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16,
         "q_lora_rank": 512, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     },
-    topk=2048, index_heads=64, index_dim=128, keys=2560, values=512, tokens_per_step=65536,
+    topk=2048, index_heads=64, index_dim=128, keys=2560, values=512, lr=2e-3,
     pretrain=(
-        Phase(length=48, steps=300, until=0.03), Phase(length=192, steps=200, until=0.03),
-        Phase(length=768, steps=150, until=0.03), Phase(length=4096, steps=100, until=0.02),
-        Phase(length=8192, steps=100, until=0.01), Phase(length=16384, steps=100, until=0.005),
+        Phase(length=24, steps=1000, tokens=8192, until=0.05, needed=True),
+        Phase(length=48, steps=200, tokens=8192, until=0.05),
+        Phase(length=96, steps=200, tokens=8192, until=0.04),
+        Phase(length=192, steps=200, tokens=16384, until=0.03),
+        Phase(length=768, steps=150, tokens=16384, until=0.03),
+        Phase(length=4096, steps=100, tokens=32768, until=0.02),
+        Phase(length=8192, steps=100, tokens=65536, until=0.01),
+        Phase(length=16384, steps=100, tokens=65536, until=0.005),
     ),
-    warmup=(Phase(length=4096, steps=100), Phase(length=16384, steps=80)),
-    sparse=(Phase(length=8192, steps=20), Phase(length=16384, steps=60)),
+    warmup=(Phase(length=4096, steps=100, tokens=65536), Phase(length=16384, steps=60, tokens=65536)),
+    sparse=(Phase(length=8192, steps=15, tokens=65536), Phase(length=16384, steps=45, tokens=65536)),
     heldout=4,
 )  # fmt: skip
 TINY = Size(
@@ -100,13 +110,15 @@ TINY = Size(
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
         "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
     },
-    topk=32, index_heads=4, index_dim=32, keys=192, values=32, tokens_per_step=4096,
+    topk=32, index_heads=4, index_dim=32, keys=192, values=32,
     pretrain=(
-        Phase(length=24, steps=400, until=0.05), Phase(length=96, steps=200, until=0.05),
-        Phase(length=256, steps=100, until=0.03), Phase(length=512, steps=100, until=0.02),
+        Phase(length=24, steps=400, tokens=2048, until=0.05, needed=True),
+        Phase(length=96, steps=200, tokens=4096, until=0.05),
+        Phase(length=256, steps=100, tokens=4096, until=0.03),
+        Phase(length=512, steps=100, tokens=4096, until=0.02),
     ),
-    warmup=(Phase(length=256, steps=60), Phase(length=512, steps=60)),
-    sparse=(Phase(length=512, steps=40),),
+    warmup=(Phase(length=256, steps=60, tokens=4096), Phase(length=512, steps=60, tokens=4096)),
+    sparse=(Phase(length=512, steps=40, tokens=4096),),
     heldout=8,
 )  # fmt: skip
 SIZES = {"real": REAL, "tiny": TINY}
@@ -206,7 +218,7 @@ def document(size: Size, length: int, rng: np.random.Generator, id: str) -> tupl
     """
     slots = length // ENTRY
     value_of = size.keys + rng.integers(0, size.values, size.keys)
-    unused = iter(rng.permutation(size.keys).tolist())
+    unused = iter(rng.choice(size.keys, min(slots, size.keys), replace=False).tolist())
     is_new = rng.random(slots) < NEW
     back = np.exp(rng.random(slots) * np.log(np.maximum(np.arange(slots), 1))).astype(np.int64)
     keys: list[int] = []
@@ -236,9 +248,14 @@ def _heldout(size: Size) -> list[Heldout]:
 
 
 def _fresh(size: Size) -> DeepseekV32ForCausalLM:
+    """Random weights, the embedding of standard deviation 1.
+
+    The usual 0.02 is far below what an attention layer of 512 latents adds before it has learned anything, and also
+    below what a few steps of AdamW add to all keys alike: which key it is would be lost.
+    """
     torch.manual_seed(0)
     layers = size.model["num_hidden_layers"]
-    return DeepseekV32ForCausalLM(
+    model = DeepseekV32ForCausalLM(
         DeepseekV32Config(
             **size.model, vocab_size=size.keys + size.values, max_position_embeddings=size.length,
             num_key_value_heads=size.model["num_attention_heads"], first_k_dense_replace=layers,
@@ -247,6 +264,8 @@ def _fresh(size: Size) -> DeepseekV32ForCausalLM:
             index_n_heads=1, index_head_dim=size.model["qk_rope_head_dim"], index_topk=1,
         )
     )  # fmt: skip
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    return model
 
 
 def _learner(run: Run, source: Path, stage: str, phases: Sequence[Phase], lr: float) -> Learner:
@@ -271,34 +290,35 @@ def _learner(run: Run, source: Path, stage: str, phases: Sequence[Phase], lr: fl
 
 def _train(run: Run, stage: str, learner: Learner, phases: Sequence[Phase]) -> None:
     """All phases; past the deadline the stage ends where it is, and says so."""
-    log: list[dict[str, float]] = []
+    log: list[dict[str, float]] = run.report.setdefault("training", {}).setdefault(stage, [])
     for phase in phases:
         recent: list[float] = []
-        began, done = time.perf_counter(), 0
+        began, done, learned = time.perf_counter(), 0, False
         while done < phase.steps and time.perf_counter() < run.deadline:
-            figures = learner.lm_step(_step(run, phase.length))
+            figures = learner.lm_step(_step(run, phase))
             done += 1
             recent = [*recent[1 - RECENT :], figures["loss"]]
             if done == 1 or done % 25 == 0:
                 _say(stage, phase.length, done, figures, began)
-            if len(recent) == RECENT and sum(recent) / RECENT < phase.until:
+            learned = len(recent) == RECENT and sum(recent) / RECENT < phase.until
+            if learned:
                 break
         seconds = time.perf_counter() - began
         loss = recent[-1] if recent else float("nan")
         log.append({"length": phase.length, "steps": done, "seconds": seconds, "loss": loss})
+        if phase.needed and not learned:
+            raise SystemExit(f"NOT LEARNED: {phase.length} tokens, loss {loss:.3f}, wanted {phase.until}")
         if time.perf_counter() >= run.deadline:
             print(f"{stage}: time is up at {phase.length} tokens, step {done} of {phase.steps}", flush=True)
             break
         print(f"{stage}: {phase.length} tokens, {done} steps, {seconds:.0f} s", flush=True)
-    run.report.setdefault("training", {})[stage] = log
 
 
-def _step(run: Run, length: int) -> list[Batch]:
-    half = max(length, run.size.tokens_per_step // 2)  # tokens of one of two passes
-    num = 2 * (half // length)
-    samples = [document(run.size, length, run.rng, str(n))[0] for n in range(num)]
+def _step(run: Run, phase: Phase) -> list[Batch]:
+    num = phase.tokens // phase.length
+    samples = [document(run.size, phase.length, run.rng, str(n))[0] for n in range(num)]
     weights = packing.token_weights(samples, "token", num_groups=1)
-    return packing.pack(samples, weights, tokens_per_batch=half)
+    return packing.pack(samples, weights, tokens_per_batch=PASS)
 
 
 def _say(stage: str, length: int, step: int, figures: dict[str, float], began: float) -> None:
