@@ -67,6 +67,7 @@ class Context(Protocol):
     diagnose: bool
     record_kept: bool
     positions_T: Tensor
+    query_weights_T: Tensor | None
     query_positions_BQ: Tensor
     records: dict[int, LayerRecord]
     replay_experts: dict[int, Tensor] | None
@@ -174,6 +175,8 @@ class Base:
     replay_kept: dict[int, Tensor] | None = None
     """Per layer [T, K], any integer type: positions in the document, ascending, -1 = none at the end, to use instead
     of the indexer's top-k. Rows that could keep all their keys must do so."""
+    query_weights_T: Tensor | None = None
+    """For how many tokens of the documents each one that is run stands, in sums over queries (shared.py); None: one."""
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     parts: Sequence[Part] = ()

@@ -29,6 +29,7 @@ from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint, lora
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext, PartContext
 from posttrain.model.moe import update_bias
+from posttrain.model.shared import SharedContext
 from posttrain.model.weights import Weights, pack
 from posttrain.optimizer import Optimizers
 from posttrain.schema import Batch
@@ -66,6 +67,8 @@ class Setup:
     deterministic: bool = False
     max_logits: int = logprob.MAX_LOGITS
     """That exist together, at most."""
+    share_prompts: bool = True
+    """Run the prompt of a group once per batch, and not once per completion."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -159,7 +162,7 @@ class Learner:
         sums: defaultdict[str, float] = defaultdict(float)
         valid = sum(int(b.mask_T.sum()) for b in batches)
         for each in self._passes(batches):
-            batch, tensors = each.batch, self._on_device(each.batch)
+            batch, tensors = each.batch, self._on_device(each.batch, share=True)
             context = self._context(tensors, self.setup.indexer_loss)
             with_entropy = settings.entropy_coef > 0
             teacher, teacher_M = self._taught(batch, tensors, temperature)
@@ -184,7 +187,7 @@ class Learner:
         """Log-probs of the valid tokens of each batch under the current weights and what the batch replays."""
         found: dict[int, NDArray[np.float32]] = {}
         for each in self._passes(batches):
-            tensors = self._on_device(each.batch)
+            tensors = self._on_device(each.batch, share=True)
             logp_M = self._logprobs(self.model, tensors, self._context(tensors), temperature)
             if each.index is not None:
                 found[each.index] = logp_M.cpu().numpy()
@@ -286,7 +289,11 @@ class Learner:
             "indexer_loss": indexer_loss,
             "cu_seqlens_S": tensors.cu_seqlens_S,
         }
-        if self._sharing is None:
+        context: PackedContext
+        if tensors.shared is not None:
+            token_F, place_T = tensors.shared
+            context = SharedContext(**common, token_F=token_F, place_T=place_T)
+        elif self._sharing is None:
             context = PackedContext(**common)
         else:
             part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
@@ -300,8 +307,10 @@ class Learner:
             context.replay_experts = dict(zip(layers, tensors.experts_NTE, strict=True))
         return context
 
-    def _on_device(self, batch: Batch) -> DeviceBatch:
-        return on_device(batch, self.setup.device)
+    def _on_device(self, batch: Batch, *, share: bool = False) -> DeviceBatch:
+        """Ranks that share each batch cut it by places: they run every prompt as often as it stands there."""
+        share = share and self.setup.share_prompts and self._sharing is None
+        return on_device(batch, self.setup.device, share=share)
 
     def _logprobs(
         self, model: Any, tensors: DeviceBatch, context: PackedContext, temperature: float = 1.0
