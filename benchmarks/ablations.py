@@ -73,9 +73,18 @@ BARE: dict[str, Any] = {
 INCONSISTENT: dict[str, dict[str, Any]] = {
     "same selection": BARE,
     "other selection": BARE | {"noise": 0.5},
+    "other selection, ratio to the engine": {
+        "loss": BARE["loss"] | {"old_policy": "engine"},
+        "keep": BARE["keep"],
+        "noise": 0.5,
+    },
     "other selection, Keep Top-k": BARE | {"keep": {"routing": False, "topk": True}, "noise": 0.5},
 }
-"""The collapse demo: an fp32 engine, whose indexers' queries get noise of that relative size with every new weights."""
+"""The collapse demo: an fp32 engine, whose indexers' queries get noise of that relative size with every new weights.
+
+"same selection" is the product's path: both sides choose the same entries. The three others differ in what the learner
+makes of an engine that does not.
+"""
 
 
 class Engine(TorchEngine):
@@ -103,6 +112,8 @@ class Local:
         self._engine = Engine(checkpoint.load(base, dtype=dtype), checkpoint.load_tokenizer(base))
         self._engine.noise = noise
         self.made: Learner
+        self.masked: list[float] = []
+        """Share of tokens that the off-policy mask took, of every update."""
 
     def learner(self, setup: Setup) -> Any:
         """As Cluster."""
@@ -116,7 +127,10 @@ class Local:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """As RemoteLearner."""
-        return getattr(self.made, method)(*args, **kwargs)
+        answer = getattr(self.made, method)(*args, **kwargs)
+        if method == "grpo_step":  # the stage logs the first update of a step alone, which is on-policy
+            self.masked.append(answer[0].get("offpolicy_masked", 0.0))
+        return answer
 
     def publish(self) -> Weights:
         """As RemoteLearner."""
@@ -136,8 +150,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     options.add_argument("--base", type=Path, required=True, help="sparse checkpoint")
     options.add_argument("--domain", choices=DOMAINS, default="math")
-    options.add_argument("--steps", type=int, default=24)
-    options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--lr", type=float, default=5e-4)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options.add_argument("--only", nargs="+", default=[*ARMS, *INCONSISTENT], metavar="ARM")
     options.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
@@ -197,13 +211,12 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
         )
         rl.run(stage, job)
     (domain,) = open_domains(cfg).values()
-    return (
-        dict(spec) | log.figures() | measure(local.made, base, domain) | {"wall_s": time.monotonic() - began}
-    )
+    figures = log.figures() | measure(local.made, base, domain) | {"masked": statistics.mean(local.masked)}
+    return dict(spec) | figures | {"wall_s": time.monotonic() - began}
 
 
 def _recipe(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> config.Run:
-    """256 completions per step at top-p 0.9, in four updates."""
+    """128 completions per step at top-p 0.9, in four updates."""
     name = spec["domain"]
     stage = {
         "name": "rl",
@@ -211,6 +224,7 @@ def _recipe(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> config.Run:
         "source": spec["base"],
         "steps": spec["steps"],
         "mix": {name: {"kl_coef": 0.05}},
+        "tasks_per_step": 16,
         "updates_per_step": 4,
         "optimizer": {"lr": spec["lr"]},
         **{part: ALL[part] | changes.get(part, {}) for part in ALL},
@@ -248,14 +262,14 @@ class _Log:
             "curve": [round(value, 4) for value in curve],
             "peak": max(curve),
             "last": curve[-1],
-            # At the end worth less than half of what had been gained.
-            "collapsed": float(curve[-1] < curve[0] + 0.5 * (max(curve) - curve[0])),
+            "lost": 1 - curve[-1] / max(curve),
+            "collapsed": float(curve[-1] < 0.5 * max(curve)),
             "gap": statistics.mean(gaps) if gaps else math.nan,
         }
 
 
 def measure(
-    learner: Learner, base: Path, domain: Domain, *, num_tasks: int = 100, samples: int = 4
+    learner: Learner, base: Path, domain: Domain, *, num_tasks: int = 75, samples: int = 4
 ) -> dict[str, float]:
     """The policy itself on held-out tasks: sampled at temperature 1, nothing cut, by an fp32 engine that selects alike."""
     engine = TorchEngine(checkpoint.load(base), checkpoint.load_tokenizer(base))
@@ -294,7 +308,7 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Mean and 95 % interval over seeds of each arm, as Markdown."""
-    names = ("reward", "peak", "last", "kl", "entropy", "gap")
+    names = ("reward", "peak", "lost", "kl", "entropy", "gap", "masked")
     lines = ["| arm | n | collapsed | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
     for arm in dict.fromkeys(
         row["arm"] for row in sorted(rows, key=lambda row: [*ARMS, *INCONSISTENT].index(row["arm"]))
