@@ -110,7 +110,8 @@ class VllmEngine:
             )
         )
         self._runner = compat.runner(self._engine)
-        self._model: DsaForVllm = self._runner.model
+        # Not the wrapper that replays CUDA graphs: what is set on that does not reach the model.
+        self._model: DsaForVllm = self._runner.get_model()
         self._sampler = self._runner.sampler = SeededSampler(self._runner)
         self._numbers = itertools.count()
         self.num_prefix_hits = 0
@@ -258,14 +259,10 @@ class VllmEngine:
 
     def _start_records(self, settings: Sampling) -> None:
         """Give the model a place for what is to be recorded; forget cache entries computed without it."""
-        config, sparse = self._model.inner.config, self._model.attention == "sparse"
-        topk = config.index_topk if settings.record_kept and sparse else 0
-        moe = self._model.inner.moe_layers()
-        experts = (len(moe), config.num_experts_per_tok) if settings.record_experts and moe else (0, 0)
-        if not topk and not experts[0]:
+        shape = self._model.shape(kept=settings.record_kept, experts=settings.record_experts)
+        if not shape.topk and not shape.experts[0]:
             self._model.records = None
             return
-        shape = records.Shape(config.num_hidden_layers, topk, experts)
         if self._model.records is None or self._model.records.shape != shape:
             pool = compat.pool(self._model.caches[0].cache)
             self._model.records = records.Records(shape, pool, max_length=self._model.max_length)

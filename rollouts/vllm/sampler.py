@@ -64,6 +64,7 @@ class SeededSampler:
         """One token per row; rows whose prompt is not complete yet are drawn for nothing."""
         runner, settings = self._runner, self.settings
         num_rows = len(logits)
+        runner.get_model().record(num_rows)
         ids = runner.input_batch.req_ids[:num_rows]
         draws = [self.draws[runner.requests[id].sampling_params.extra_args[PARAMS]] for id in ids]
         positions_B = runner.input_batch.num_tokens_no_spec[:num_rows].astype(np.int64)
