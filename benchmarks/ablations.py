@@ -307,22 +307,33 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean and 95 % interval over seeds of each arm, as Markdown."""
+    """Mean and 95 % interval over seeds of each arm, as Markdown.
+
+    "against" is the reward less that of the first arm of the same kind with the same seed, and thus the same tasks.
+    """
     names = ("reward", "peak", "lost", "kl", "entropy", "gap", "masked")
-    lines = ["| arm | n | collapsed | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
-    for arm in dict.fromkeys(
-        row["arm"] for row in sorted(rows, key=lambda row: [*ARMS, *INCONSISTENT].index(row["arm"]))
-    ):
-        mine = [row for row in rows if row["arm"] == arm]
-        cells = [_interval([row[name] for row in mine]) for name in names]
-        collapsed = f"{sum(row['collapsed'] for row in mine):.0f}"
-        lines.append(f"| {arm} | {len(mine)} | {collapsed} | " + " | ".join(cells) + " |")
+    lines = [
+        "| arm | n | collapsed | reward | against | " + " | ".join(names[1:]) + " |",
+        "|---" * (4 + len(names)) + "|",
+    ]
+    by_arm = {arm: {r["seed"]: r for r in rows if r["arm"] == arm} for arm in (*ARMS, *INCONSISTENT)}
+    for kind in (ARMS, INCONSISTENT):
+        first = by_arm[next(iter(kind))]
+        for arm in kind:
+            mine = by_arm[arm]
+            if not mine:
+                continue
+            reward, *cells = [_interval([row[name] for row in mine.values()]) for name in names]
+            shared = [seed for seed in mine if seed in first and mine is not first]
+            against = _interval([mine[seed]["reward"] - first[seed]["reward"] for seed in shared])
+            collapsed = f"{sum(row['collapsed'] for row in mine.values()):.0f}"
+            lines.append("| " + " | ".join([arm, str(len(mine)), collapsed, reward, against, *cells]) + " |")
     return "\n".join(lines)
 
 
 def _interval(values: Sequence[float]) -> str:
     if len(values) < 2:
-        return f"{values[0]:.3g}"
+        return "".join(f"{value:.3g}" for value in values)
     half = T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.3g} +- {half:.2g}"
 
