@@ -151,6 +151,7 @@ def main() -> None:
     options.add_argument("--base", type=Path, required=True, help="sparse checkpoint")
     options.add_argument("--domain", choices=DOMAINS, default="math")
     options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--tasks", type=int, default=16, help="tasks per step, 8 completions each")
     options.add_argument("--lr", type=float, default=5e-4)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options.add_argument("--only", nargs="+", default=[*ARMS, *INCONSISTENT], metavar="ARM")
@@ -173,11 +174,11 @@ def main() -> None:
     print(table([row for row in rows if _key(row) in keys]))
 
 
-_SPEC = ("arm", "seed", "domain", "steps", "lr")
+_SPEC = ("arm", "seed", "domain", "steps", "tasks", "lr")
 
 
 def _spec(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    common = {"domain": args.domain, "steps": args.steps, "lr": args.lr}
+    common = {"domain": args.domain, "steps": args.steps, "tasks": args.tasks, "lr": args.lr}
     return {"arm": arm, "seed": seed, **common, "base": str(args.base)}
 
 
@@ -216,7 +217,7 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipe(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> config.Run:
-    """128 completions per step at top-p 0.9, in four updates."""
+    """Steps of four updates, on completions sampled at top-p 0.9."""
     name = spec["domain"]
     stage = {
         "name": "rl",
@@ -224,7 +225,7 @@ def _recipe(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> config.Run:
         "source": spec["base"],
         "steps": spec["steps"],
         "mix": {name: {"kl_coef": 0.05}},
-        "tasks_per_step": 16,
+        "tasks_per_step": spec["tasks"],
         "updates_per_step": 4,
         "optimizer": {"lr": spec["lr"]},
         **{part: ALL[part] | changes.get(part, {}) for part in ALL},
