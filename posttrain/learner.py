@@ -162,7 +162,7 @@ class Learner:
         sums: defaultdict[str, float] = defaultdict(float)
         valid = sum(int(b.mask_T.sum()) for b in batches)
         for each in self._passes(batches):
-            batch, tensors = each.batch, self._on_device(each.batch, share=True)
+            batch, tensors = each.batch, self._on_device(each.batch, share_prompts=True)
             context = self._context(tensors, self.setup.indexer_loss)
             with_entropy = settings.entropy_coef > 0
             teacher, teacher_M = self._taught(batch, tensors, temperature)
@@ -187,7 +187,7 @@ class Learner:
         """Log-probs of the valid tokens of each batch under the current weights and what the batch replays."""
         found: dict[int, NDArray[np.float32]] = {}
         for each in self._passes(batches):
-            tensors = self._on_device(each.batch, share=True)
+            tensors = self._on_device(each.batch, share_prompts=True)
             logp_M = self._logprobs(self.model, tensors, self._context(tensors), temperature)
             if each.index is not None:
                 found[each.index] = logp_M.cpu().numpy()
@@ -196,7 +196,7 @@ class Learner:
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Held-out figures of the DSA conversion (diagnosis.py). Every rank runs all batches."""
-        found = (self._on_device(batch) for batch in batches)
+        found = (on_device(batch, self.setup.device) for batch in batches)
 
         def run(tensors: DeviceBatch, context: PackedContext) -> Tensor:
             return self._logprobs(self.model, tensors, context)
@@ -289,15 +289,14 @@ class Learner:
             "indexer_loss": indexer_loss,
             "cu_seqlens_S": tensors.cu_seqlens_S,
         }
+        part, tensors = tensors.part, tensors.own()
         context: PackedContext
         if tensors.shared is not None:
             token_F, place_T = tensors.shared
             context = SharedContext(**common, token_F=token_F, place_T=place_T)
-        elif self._sharing is None:
+        elif part is None or self._sharing is None:
             context = PackedContext(**common)
         else:
-            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
-            tensors = tensors.cut(part)
             gather = partial(self._sharing.keys, part=part)
             context = PartContext(**common, begin=part.begin, end=part.end, gather=gather)
         if tensors.kept_NTK is not None:
@@ -307,10 +306,10 @@ class Learner:
             context.replay_experts = dict(zip(layers, tensors.experts_NTE, strict=True))
         return context
 
-    def _on_device(self, batch: Batch, *, share: bool = False) -> DeviceBatch:
+    def _on_device(self, batch: Batch, *, share_prompts: bool = False) -> DeviceBatch:
         """Ranks that share each batch cut it by places: they run every prompt as often as it stands there."""
-        share = share and self.setup.share_prompts and self._sharing is None
-        return on_device(batch, self.setup.device, share=share)
+        share_prompts = share_prompts and self.setup.share_prompts and self._sharing is None
+        return on_device(batch, self.setup.device, self._sharing, share_prompts=share_prompts)
 
     def _logprobs(
         self, model: Any, tensors: DeviceBatch, context: PackedContext, temperature: float = 1.0
@@ -328,11 +327,8 @@ class Learner:
         teacher: logprob.Hidden | None = None,
     ) -> logprob.Read:
         """What is read off the logits [M], of the whole batch also where ranks share it; the teacher's are the part's."""
-        part = None
-        if isinstance(context, PartContext):
-            assert self._sharing is not None, "the context is from _context"
-            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
-            tensors = tensors.cut(part)
+        part = tensors.part
+        tensors = tensors.own()
 
         def read(x_MD: Tensor, head_VD: Tensor) -> logprob.Read:
             hidden, limit = logprob.Hidden(x_MD, head_VD), self.setup.max_logits
@@ -357,9 +353,7 @@ class Learner:
         context = self._context(tensors)
         if self.setup.mopd.form == "sampled":
             return None, self._logprobs(model, tensors, context, temperature)
-        if isinstance(context, PartContext):
-            assert self._sharing is not None, "the context is from _context"
-            tensors = tensors.cut(self._sharing.part(len(tensors.tokens_T), tensors.at_M))
+        tensors = tensors.own()
         return model(tensors.tokens_T, context, tensors.at_M, logprob.Hidden), None
 
     @torch.no_grad()

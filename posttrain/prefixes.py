@@ -25,6 +25,12 @@ class Prefixes:
     """The first place of each of these tokens, ascending."""
 
 
+def prompt_of(tokens_L: NDArray[Any], mask_L: NDArray[np.bool_]) -> NDArray[Any]:
+    """The tokens before a sample's first target; none without targets."""
+    targets = np.flatnonzero(mask_L)
+    return tokens_L[: targets[0] if len(targets) else 0]
+
+
 def common(batch: Batch) -> Prefixes | None:
     """Prompts, the tokens before a sample's first target, that several samples have; None if there are none.
 
@@ -34,10 +40,10 @@ def common(batch: Batch) -> Prefixes | None:
     place_T: list[int] = []
     first: dict[bytes, int] = {}
     for begin, end in zip(batch.cu_seqlens_S[:-1].tolist(), batch.cu_seqlens_S[1:].tolist(), strict=True):
-        targets = np.flatnonzero(batch.mask_T[begin:end])
-        length = int(targets[0]) if len(targets) else 0
+        tokens = prompt_of(batch.tokens_T[begin:end], batch.mask_T[begin:end])
+        length = len(tokens)
         prompt = slice(begin, begin + length)
-        known = first.setdefault(batch.tokens_T[prompt].tobytes(), begin)
+        known = first.setdefault(tokens.tobytes(), begin)
         start = begin
         if known != begin and _same_choices(batch, slice(known, known + length), prompt):
             token_F[prompt] = token_F[known : known + length]
