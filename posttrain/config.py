@@ -4,7 +4,6 @@ A recipe is a TOML file; several files merge left to right, then `--set a.b=c`. 
 is the order of execution. Next: schema.py for the nouns, pipeline.py for how stages run.
 """
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -321,6 +320,13 @@ class Rollouts(Model):
     """Memory of a vLLM engine's cache; sequences that do not fit wait, or are computed again."""
     batched_tokens: int = Field(2048, ge=16)
     """New tokens of one pass of vLLM; a longer prompt is computed in chunks. More are faster and need memory."""
+    attention: Literal["ours", "stock"] = "ours"
+    """What selects and attends in vLLM: "ours" is the learner's code, "stock" vLLM's own, which runs one geometry in
+    bf16 on some GPUs and records nothing. Dense checkpoints are always served by ours."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices of one engine. More than one is refused, with what a device must hold."""
+    device_gib: float = Field(0, ge=0)
+    """Memory of an engine's device, for check where there is no such device; 0 = what this machine has."""
 
 
 class Rl(_Stage):
@@ -569,17 +575,7 @@ def load(files: Sequence[str | Path], settings: Sequence[str] = ()) -> Run:
 
     Raises ValueError with one line per problem: where, what is wrong, what is allowed.
     """
-    data: dict[str, Any] = {}
-    for file in files:
-        try:
-            layer = tomllib.loads(Path(file).read_text())
-        except OSError as error:
-            raise ValueError(f"cannot read config {str(file)!r}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not valid TOML: {error}") from None
-        data = overrides.merge(data, layer)
-    for setting in settings:
-        overrides.apply(data, setting)
+    data = overrides.read(files, settings)
     try:
         return Run.model_validate(data)
     except ValidationError as error:

@@ -70,6 +70,7 @@ def pool_setup(checkpoint: Path, cfg: Rollouts) -> PoolSetup:
         max_rows=cfg.max_rows,
         cache_bytes=cfg.cache_mib << 20,
         batched_tokens=cfg.batched_tokens,
+        stock=cfg.attention == "stock" and attention == "sparse",
     )
 
 

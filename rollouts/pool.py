@@ -30,6 +30,8 @@ class PoolSetup:
     max_rows: int = 256
     cache_bytes: int = 256 << 20
     batched_tokens: int = 2048
+    stock: bool = False
+    """vLLM's own sparse attention, for sparse checkpoints."""
     device: str = "cpu"
     dtype: str = "float32"
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -200,6 +202,7 @@ def _vllm_engine(setup: PoolSetup) -> Any:
         max_batched_tokens=setup.batched_tokens,
         cache_bytes=setup.cache_bytes,
         eager=setup.device == "cpu" or setup.attention == "dense",
+        stock=setup.stock,
     )
     tokenizer = checkpoint.load_tokenizer(setup.checkpoint)
     return VllmEngine(setup.checkpoint, tokenizer, dtype=setup.dtype, backend=setup.backend, limits=limits)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
@@ -45,6 +46,29 @@ def close(engine: Any) -> None:
     client = engine.engine_core
     finalizer = getattr(client, "_finalizer", None)  # 0.32's, which acts once
     (client.shutdown if finalizer is None else finalizer)()
+
+
+def free_bytes() -> int | None:
+    """Memory that is free on the GPU; None where vLLM runs on the CPU."""
+    return torch.cuda.mem_get_info()[0] if current_platform.is_cuda() else None
+
+
+def stock_obstacles() -> list[str]:
+    """Why vLLM's own sparse attention cannot run on this GPU."""
+    from vllm.utils.import_utils import has_deep_gemm  # of GPU builds
+
+    found = []
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        found.append(f"{torch.cuda.get_device_name()} is neither Hopper nor data-centre Blackwell")
+    if not has_deep_gemm():
+        found.append("this vLLM has no DeepGEMM, which its indexer needs")
+    return found
+
+
+def stock_backend(runner: Any) -> str:
+    """What vLLM has chosen to attend with."""
+    names = {group.backend.get_name() for groups in runner.attn_groups for group in groups}
+    return ", ".join(sorted(names))
 
 
 def fused_experts(

@@ -19,12 +19,13 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from posttrain.model.weights import Weights, take
+from posttrain.model.weights import Weights
 from posttrain.rollouts import chat
 from posttrain.rollouts.dialogue import Dialogue, end_turns
 from posttrain.rollouts.environment import Failed
+from posttrain.rollouts.geometry import Geometry, engine_memory, need_device
 from posttrain.rollouts.request import Request, Sampling
-from posttrain.rollouts.vllm import compat, plugin, records
+from posttrain.rollouts.vllm import compat, plugin, records, stock
 from posttrain.rollouts.vllm.model import DsaForVllm
 from posttrain.rollouts.vllm.sampler import Draws, SeededSampler
 from posttrain.schema import Rollout, Stop
@@ -48,6 +49,8 @@ class Limits:
     prefix_cache: bool = True
     eager: bool = True
     """No CUDA graphs."""
+    stock: bool = False
+    """vLLM's own model and sparse attention."""
 
 
 @dataclass(slots=True)
@@ -85,37 +88,23 @@ class VllmEngine:
         limits: Limits = Limits(),
         seed: int = 0,
     ) -> None:
-        # The class: a name would be looked at in a process of its own, which takes 8 s.
-        ModelRegistry.register_model(plugin.ARCHITECTURE, DsaForVllm)
         self.tokenizer, self.limits, self.version = tokenizer, limits, 0
         self.eos_token_id = tokenizer.eos_token_id
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=str(path),
-                hf_overrides=plugin.OVERRIDES,
-                skip_tokenizer_init=True,
-                dtype=dtype,
-                seed=seed,
-                max_num_seqs=limits.max_rows,
-                max_num_batched_tokens=max(limits.max_batched_tokens, limits.max_rows),
-                block_size=limits.block_size,
-                kv_cache_memory_bytes=limits.cache_bytes,
-                enable_prefix_caching=limits.prefix_cache,
-                enable_chunked_prefill=True,
-                async_scheduling=False,
-                enforce_eager=limits.eager,
-                compilation_config={} if limits.eager else GRAPHS,
-                disable_log_stats=True,
-                additional_config={"backend": backend},
-            )
-        )
+        self._unfit: str | None = None
+        """Why the weights here are nobody's: nothing is generated until a load succeeds."""
+        if limits.stock:
+            stock.need(path, dtype)
+        _need_memory(path, dtype, limits)
+        self._engine = LLMEngine.from_engine_args(_arguments(path, dtype, backend, limits, seed))
         self._runner = compat.runner(self._engine)
-        self._model: DsaForVllm = self._runner.model
+        self._model: DsaForVllm | stock.Stock = self._runner.model
+        if limits.stock:
+            self._model = stock.Stock(self._runner, path)
         self._sampler = self._runner.sampler = SeededSampler(self._runner)
         self._numbers = itertools.count()
         self.num_prefix_hits = 0
         """Tokens that the prefix cache supplied so far."""
-        vocabulary = self._model.inner.config.vocab_size
+        vocabulary = self._model.config.vocab_size
         if not 0 <= self.eos_token_id < vocabulary:
             self.close()
             raise ValueError(
@@ -134,7 +123,14 @@ class VllmEngine:
 
     def load(self, version: int, weights: Weights) -> None:
         """Take the learner's weights of that version; ValueError, and nothing changes, if they are not whole."""
-        take(self._model.inner, weights)
+        try:
+            self._model.take(weights)
+        except ValueError:
+            raise
+        except BaseException:
+            self._unfit = "a load of weights broke off"
+            raise
+        self._unfit = None
         # Its entries are the old weights'; without requests it cannot be busy.
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM kept cache entries of the old weights")
@@ -151,6 +147,8 @@ class VllmEngine:
 
         max_rows is that of the limits: vLLM reads it once.
         """
+        if self._unfit is not None:
+            raise RuntimeError(f"the engine has no weights to serve: {self._unfit}; load them again")
         self._start_records(settings)
         self._sampler.settings = settings
         tasks = {r.task.id: r.task for r in requests}
@@ -258,7 +256,11 @@ class VllmEngine:
 
     def _start_records(self, settings: Sampling) -> None:
         """Give the model a place for what is to be recorded; forget cache entries computed without it."""
-        config, sparse = self._model.inner.config, self._model.attention == "sparse"
+        if isinstance(self._model, stock.Stock):
+            if settings.record_kept or settings.record_experts:
+                raise ValueError('rollouts.attention = "stock" records neither kept keys nor experts')
+            return
+        config, sparse = self._model.config, self._model.attention == "sparse"
         topk = config.index_topk if settings.record_kept and sparse else 0
         moe = self._model.inner.moe_layers()
         experts = (len(moe), config.num_experts_per_tok) if settings.record_experts and moe else (0, 0)
@@ -277,3 +279,44 @@ class VllmEngine:
         # vLLM forgets an ended request, and gives its blocks to others, in the next pass.
         blocks = self._runner.requests[row.draws.id].block_ids[0]
         return self._model.records.read(blocks, len(row.tokens) - 1)
+
+
+def _arguments(path: Path, dtype: str, backend: str, limits: Limits, seed: int) -> EngineArgs:
+    """vLLM's settings of an engine."""
+    if limits.stock:
+        model: dict[str, Any] = dict(stock.ARGUMENTS)
+    else:
+        # The class: a name would be looked at in a process of its own, which takes 8 s.
+        ModelRegistry.register_model(plugin.ARCHITECTURE, DsaForVllm)
+        model = {"hf_overrides": plugin.OVERRIDES, "additional_config": {"backend": backend}}
+    return EngineArgs(
+        model=str(path),
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        seed=seed,
+        max_num_seqs=limits.max_rows,
+        max_num_batched_tokens=max(limits.max_batched_tokens, limits.max_rows),
+        block_size=stock.BLOCK_SIZE if limits.stock else limits.block_size,
+        kv_cache_memory_bytes=limits.cache_bytes,
+        enable_prefix_caching=limits.prefix_cache,
+        enable_chunked_prefill=True,
+        async_scheduling=False,
+        enforce_eager=limits.eager,
+        compilation_config={} if limits.eager else GRAPHS,
+        disable_log_stats=True,
+        **model,
+    )
+
+
+def _need_memory(path: Path, dtype: str, limits: Limits) -> None:
+    """ValueError, with the arithmetic, if the GPU has not the memory; host memory is not ours to count."""
+    shape, free = Geometry.read(path), compat.free_bytes()
+    if shape is not None and free is not None:
+        memory = engine_memory(
+            shape,
+            dtype=dtype,
+            cache_bytes=limits.cache_bytes,
+            batched_tokens=limits.max_batched_tokens,
+            max_rows=limits.max_rows,
+        )
+        need_device(memory, free, what=str(path), there="is free on its device")

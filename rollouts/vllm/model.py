@@ -29,6 +29,7 @@ from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint
 from posttrain.model.context import PackedContext
 from posttrain.model.paged import NewTokens, PagedCache, PagedContext, paged
+from posttrain.model.weights import Weights, take
 from posttrain.rollouts.vllm import compat
 from posttrain.rollouts.vllm.records import Records
 
@@ -64,6 +65,15 @@ class DsaForVllm(nn.Module):
         layers.update(zip(self.names, self.caches, strict=True))
         self.records: Records | None = None
         """Where kept keys and experts go, while somebody wants them."""
+
+    @property
+    def config(self) -> Any:
+        """The checkpoint's."""
+        return self.inner.config
+
+    def take(self, weights: Weights) -> None:
+        """Copy the learner's weights; ValueError, and nothing changes, if they are not whole."""
+        take(self.inner, weights)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """[T] -> [T, D]"""
