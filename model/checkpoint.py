@@ -27,7 +27,7 @@ SHARED_FIELDS = (
 """Fields that mean the same in `deepseek_v3` and `deepseek_v32`."""
 
 
-ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+ROUTER: dict[str, Any] = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """How every model of ours routes, in the words of DeepSeek's own config. transformers knows no other way and writes none
 of it; vLLM reads it, and without it would route by softmax and leave the bias out."""
 

@@ -325,6 +325,8 @@ class Rollouts(Model):
     bf16 on some GPUs and records nothing. Dense checkpoints are always served by ours."""
     tensor_parallel: int = Field(1, ge=1)
     """Devices of one engine. More than one is refused, with what a device must hold."""
+    sync: Literal["auto", "memory", "ipc", "broadcast", "disk"] = "auto"
+    """How weights reach the engines (docs/vllm.md); "auto" is memory on the CPU, ipc on a shared GPU, else broadcast."""
     device_gib: float = Field(0, ge=0)
     """Memory of an engine's device, for check where there is no such device; 0 = what this machine has."""
 

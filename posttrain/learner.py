@@ -29,10 +29,10 @@ from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint, lora
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext, PartContext
 from posttrain.model.moe import update_bias
-from posttrain.model.weights import Weights, pack
+from posttrain.model.transport import Audience, Offer, Sender
 from posttrain.optimizer import Optimizers
+from posttrain.publisher import Publisher
 from posttrain.schema import Batch
-from posttrain.shards import whole
 
 Figures = dict[str, float]
 
@@ -64,6 +64,12 @@ class Setup:
     max_logits: int = logprob.MAX_LOGITS
     """That exist together, at most."""
     seed: int = 0
+    host: str = "127.0.0.1"
+    """Where engines reach this process."""
+    sync_folder: Path | None = None
+    """For weights that go by disk."""
+    timeout_s: float = 1800
+    """For engines to come for their weights."""
 
     def __post_init__(self) -> None:
         """ValueError where an indexer would silently stay untrained, or its loss be computed for nothing."""
@@ -118,6 +124,10 @@ class Learner:
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
         )
         self.version = 0
+        sender = Sender(
+            torch.device(setup.device), host=setup.host, folder=setup.sync_folder, timeout_s=setup.timeout_s
+        )
+        self._publisher = Publisher(self.model, group, setup.lora, sender)
         self._writer = training_state.Writer(None if group is None else group.snapshots)
         self._load: dict[int, Any] = {}
         self._nonfinite_ids: list[str] = []
@@ -187,19 +197,19 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, adapters merged, on the CPU; of several ranks the first has it."""
-        found: dict[str, Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
-            weight = whole(tensor.detach())
-            if self._first:
-                found[name] = weight.cpu()
-        adapters = self.setup.lora
-        if adapters is None or not self._first:
-            return found
-        return lora.merged(found, rank=adapters.rank, alpha=adapters.alpha)
+        return self._publisher.weights()
 
-    def published(self) -> Weights:
-        """The same with its checksum: what engines are sent."""
-        return pack(self.weights())
+    def offer(self, audience: Audience) -> Offer | None:
+        """The same for engines."""
+        return self._publisher.offer(audience)
+
+    def gpu(self) -> str:
+        """The id of this rank's GPU; "" without one."""
+        return self._publisher.gpu
+
+    def close(self) -> None:
+        """Give up what engines read from."""
+        self._publisher.close()
 
     def save(self, path: Path, *, dense: bool = False) -> None:
         """Write a Hugging Face checkpoint; dense drops the indexers and writes deepseek_v3."""

@@ -15,7 +15,7 @@ from posttrain.domains import open_domains
 from posttrain.learner import Learner
 from posttrain.ledger import Ledger
 from posttrain.model import checkpoint
-from posttrain.model.weights import Weights
+from posttrain.model.weights import pack
 from posttrain.rollouts.fake_engine import FakeEngine
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
@@ -91,13 +91,13 @@ class _Step:
         self.calls.append((method, args))
         return getattr(self.learner, method)(*args)
 
-    def publish(self) -> Weights:
+    def publish(self, *_: Any) -> Any:
         """As RemoteLearner."""
-        return self.learner.published()
+        return pack(self.learner.weights())
 
-    def load(self, version: int, weights: Weights) -> None:
+    def load(self, version: int, publish: Any) -> None:
         """As Pool."""
-        self.engine.load(version, weights)
+        self.engine.load(version, publish())
 
     def generate(self, requests: Sequence[Request], settings: Sampling, *_: Any) -> list[Rollout]:
         """As Pool."""

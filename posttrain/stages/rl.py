@@ -47,7 +47,7 @@ def run(stage: config.Rl, job: Job) -> Result:
         if before is not None:
             order.restore(before["order"])
             log = _Log(**before["log"])
-            pool.load(job.snapshots.first_step, learner.publish())
+            pool.load(job.snapshots.first_step, learner.publish)
         for step in range(job.snapshots.first_step, stage.steps):
             if job.snapshots.due(step):
                 job.snapshots.take(step, learner, {"order": order.state(), "log": asdict(log)})
@@ -143,7 +143,7 @@ def _step(
         end = job.ledger.filtered if reason.startswith("filtered") else job.ledger.failed
         if ids:
             end(ids, reason.partition(": ")[2])
-    pool.load(step + 1, learner.publish())
+    pool.load(step + 1, learner.publish)
     rollout_file.write(job.out / "rollouts" / f"step-{step:05d}.parquet", rows)
     figures |= _rollout_figures(groups) | times
     return figures | {
