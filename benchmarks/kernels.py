@@ -30,18 +30,19 @@ def main() -> None:
     """Check, measure, print, write."""
     parts = {"mla": _mla, "topk": indexer.topk, "kl": indexer.sparse_kl, "warmup": indexer.warmup}
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("parts", nargs="*", choices=[*parts, []], default=[*parts])
+    options.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     options.add_argument("--keys", type=int, nargs="+", default=[32768])
     options.add_argument("--kinds", nargs="+", default=["loc", "rand"])
     options.add_argument("--json", type=Path)
     args = options.parse_args()
+    chosen = args.parts or [*parts]
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
     print(report, flush=True)
-    for part in args.parts:
+    for part in chosen:
         report[part] = parts[part](args.keys, args.kinds)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

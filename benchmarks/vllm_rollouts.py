@@ -23,6 +23,7 @@ SHAPE = {
     "kv_lora_rank": 512, "q_lora_rank": 1024, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048, "max_position_embeddings": 40_960,
     "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid",
 }  # fmt: skip
 SIZES = ((64, 4096), (64, 8192), (16, 32_768), (8, 4096))
 """Requests and prompt tokens."""

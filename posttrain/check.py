@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from posttrain import config
-from posttrain.config import Domain, Pretrain, Reward, Run
+from posttrain import config, graph, levels
+from posttrain.config import Domain, Pretrain, Reward, Rl, Run
 from posttrain.fit import check_engines
 from posttrain.rewards.base import Verdict, judge, load_object, load_reward, reference_rollout
 from posttrain.schema import Task
@@ -68,7 +68,7 @@ def check(cfg: Run, *, config_only: bool = False) -> Report:
     for stage in cfg.stages:
         if isinstance(stage, Pretrain):
             _find_module(stage)
-    rewards = [line for domain in cfg.domains for line in _domain(domain, seed=cfg.seed)]
+    rewards = [line for domain in cfg.domains for line in _domain(domain, cfg)]
     return Report(cfg=cfg, stages=stages, rewards=tuple(rewards))
 
 
@@ -108,23 +108,26 @@ def _stage_line(stage: config.Stage) -> StageLine:
     return StageLine(
         name=stage.name,
         kind=stage.kind,
-        sources=tuple(config.sources(stage)),
+        sources=tuple(graph.sources(stage)),
         steps=getattr(stage, "steps", None),
         domains=tuple(domains),
         evaluate=stage.evaluate,
     )
 
 
-def _domain(domain: Domain, *, seed: int) -> list[RewardLine]:
+def _domain(domain: Domain, cfg: Run) -> list[RewardLine]:
     where = f"domain {domain.name!r}"
     for name in ("tool", "environment", "demonstrate"):
         path = getattr(domain, name)
         if path is not None:
             load_object(path, f"{where}: {name}")
-    tasks = load_tasks(domain.tasks, domain=domain.name, seed=seed, where=domain.where)
+    tasks = load_tasks(domain.tasks, domain=domain.name, seed=cfg.seed, where=domain.where)
     task = next(iter(tasks), None)
     if task is None:
         raise ValueError(f"{where}: {domain.tasks} has no task (where = {domain.where})")
+    for stage in cfg.stages:
+        if isinstance(stage, Rl) and domain.name in stage.mix:
+            levels.load(domain.name, stage.mix[domain.name].level)(task)
     rewards = [("reward", reward) for reward in domain.rewards]
     rewards += [("passes", reward) for reward in domain.passes]
     return [_try(reward, task, use=use) for use, reward in rewards]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from posttrain import overrides, stage_uri
+from posttrain import graph, overrides, stage_uri
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
@@ -221,6 +221,17 @@ class Mix(Model):
 
     weight: float = Field(1.0, gt=0)
     """Share of the tasks of a step, relative to the other domains."""
+    specialist: str | None = None
+    """Stage that trained the domain's specialist: the teacher, with mopd. If the stage is evaluated, its pass@1 less
+    the pass rate in this stage's rollouts is logged as gap/<domain>: sampled alike, the specialist on held-out tasks
+    with the domain's length budget, the policy on the tasks that it trains on with its own."""
+    curriculum: float = Field(0.0, ge=0, le=0.75)
+    """Chance with which a task is passed over whose group cannot have a signal (pass rate 0 or 1 as measured so far);
+    less the likelier a signal is. 0 = off. One let through all the same stands for 1 / (1 - curriculum) in the measured
+    rates: above 0.75 a few groups would decide them. Neither V3.2 nor V4 publishes a curriculum."""
+    level: str | None = None
+    """Import path of `fn(task) -> level of difficulty`; tasks of a level share what the curriculum has measured. None:
+    a task that was not seen yet is taken for one of its domain."""
     loss_weight: float = Field(1.0, gt=0)
     """Factor on the domain's loss."""
     kl_coef: float = Field(0.0, ge=0)
@@ -234,6 +245,14 @@ class Mix(Model):
     overlong_buffer: int = Field(0, ge=0)
     """The reward falls in a straight line by 1 over the last so many tokens of the budget (DAPO Eq. 13: 4096 of
     20480); 0 = off. Changes the advantage, never the score that is reported."""
+
+    @model_validator(mode="after")
+    def _level_is_read(self) -> Self:
+        if self.level is not None and not self.curriculum:
+            raise ValueError(
+                "level without a curriculum, which alone reads it; set curriculum or leave level out"
+            )
+        return self
 
 
 class Loss(Model):
@@ -304,6 +323,20 @@ class Lora(Model):
     """Adapters count alpha / rank times; larger learns faster at the same rate."""
 
 
+class Mopd(Model):
+    """Multi-teacher on-policy distillation (V4, arXiv 2606.19348): on its own rollouts the policy is pulled towards the
+    specialist of each rollout's domain, by reverse KL. The domain's loss_weight is the teacher's weight."""
+
+    form: Literal["full", "sampled"] = "full"
+    """"full": the KL over the whole vocabulary at every token (V4's); "sampled": log(pi_teacher / pi) of the sampled
+    token as its advantage, the same gradient in expectation, with more noise and one set of logits less."""
+    coef: float = Field(1.0, gt=0)
+    """Weight of the KL; only its size beside rewards and kl_coef matters, since Adam does not see scales."""
+    rewards: bool = False
+    """Keep the group's advantages beside the teachers; a domain without a specialist then has rewards alone. False: the
+    teachers replace them, and rewards are only reported."""
+
+
 class Rollouts(Model):
     """How completions are generated."""
 
@@ -330,6 +363,11 @@ class Rollouts(Model):
     device_gib: float = Field(0, ge=0)
     """Memory of an engine's device, for check where there is no such device; 0 = what this machine has."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether completions are the policy's own: at temperature 1, nothing cut, as an evaluation samples."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+
 
 class Rl(_Stage):
     """GRPO. One domain makes a specialist, several the mixed stage."""
@@ -348,6 +386,11 @@ class Rl(_Stage):
     """None: all weights train."""
     loss: Loss = Loss()
     keep: Keep = Keep()
+    mopd: Mopd | None = None
+    """Learn from the specialists of the mix instead of, or beside, the rewards. None: rewards alone (V3.2)."""
+    follow_gap: float = Field(0.0, ge=0)
+    """Domains behind their specialist get more tasks: the weight counts exp(follow_gap * gap) times, with the gap of
+    pass rates; 2 gives 20 points behind 1.5 times as many. 0 = off."""
     refill_rounds: int = Field(0, ge=0)
     """Rounds in which groups of equal rewards are replaced by groups of fresh tasks of the same domain (DAPO 3.2,
     dynamic sampling); more make steps fuller and longer; 0 = off."""
@@ -512,64 +555,9 @@ class Run(Model):
         return next(d for d in self.domains if d.name == name)
 
     @model_validator(mode="after")
-    def _names_fit(self) -> Self:
-        _unique("stage", [s.name for s in self.stages])
-        _unique("domain", [d.name for d in self.domains])
-        domains = {d.name for d in self.domains}
-        before: list[str] = []
-        for stage in self.stages:
-            for source in sources(stage):
-                _known_source(stage.name, source, before, [s.name for s in self.stages])
-            for domain in getattr(stage, "mix", None) or getattr(stage, "specialists", None) or {}:
-                if domain not in domains:
-                    raise ValueError(
-                        f"stage {stage.name!r}: unknown domain {domain!r}; "
-                        f"known: {', '.join(sorted(domains)) or 'none'}"
-                    )
-            if isinstance(stage, Rl):
-                self._buffers_fit(stage)
-            if self._reads_domains(stage):
-                self._judges_known(stage, before)
-            before.append(stage.name)
+    def _stages_fit(self) -> Self:
+        graph.check(self)
         return self
-
-    def _reads_domains(self, stage: Stage) -> bool:
-        demonstrations = isinstance(stage, Pretrain | Warmup | Sparse) and not stage.data.files
-        return stage.evaluate or demonstrations or isinstance(stage, Rl | Distill)
-
-    def _judges_known(self, stage: Stage, before: Sequence[str]) -> None:
-        for domain in self.domains:
-            for name in domain.stages:
-                if name not in before:
-                    every = [s.name for s in self.stages]
-                    why = "comes later; put it first" if name in every else "is no stage"
-                    raise ValueError(
-                        f"domain {domain.name!r}: a reward asks stage {name!r}, which {why} "
-                        f"(stage {stage.name!r} reads the domain)"
-                    )
-
-    def _buffers_fit(self, stage: Rl) -> None:
-        for name, part in stage.mix.items():
-            budget = part.max_new_tokens or self.domain(name).max_new_tokens
-            if part.overlong_buffer > budget:
-                raise ValueError(
-                    f"stage {stage.name!r}: mix.{name}.overlong_buffer={part.overlong_buffer} is more than the "
-                    f"length budget, {budget}"
-                )
-
-
-def sources(stage: Stage) -> list[str]:
-    """Stages (or paths) a stage reads from, in order."""
-    if isinstance(stage, Distill):
-        return list(stage.specialists.values())
-    if isinstance(stage, Pretrain):
-        return []
-    return [stage.source, *(stage.data if isinstance(stage, Sft) else [])]
-
-
-def is_path(source: str) -> bool:
-    """Whether a source names a file or folder rather than a stage."""
-    return "/" in source or "." in source or "://" in source
 
 
 def load(files: Sequence[str | Path], settings: Sequence[str] = ()) -> Run:
@@ -582,16 +570,3 @@ def load(files: Sequence[str | Path], settings: Sequence[str] = ()) -> Run:
         return Run.model_validate(data)
     except ValidationError as error:
         raise ValueError("\n".join(overrides.line(data, e) for e in error.errors())) from None
-
-
-def _unique(what: str, names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{what} {name!r} is defined {names.count(name)} times; names are unique")
-
-
-def _known_source(stage: str, source: str, before: Sequence[str], every: Sequence[str]) -> None:
-    if is_path(source) or source in before:
-        return
-    why = "comes later; reorder the stages" if source in every else "is no stage"
-    raise ValueError(f"stage {stage!r}: source {source!r} {why} (a path needs a slash, as in ./checkpoint)")

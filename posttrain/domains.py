@@ -46,6 +46,20 @@ class Domain:
         return [[self.passes.passed(score) for score in of_group] for of_group in scores]
 
 
+def passed(judged: Sequence[tuple[Domain, Group]]) -> list[list[bool | None]]:
+    """Whether each completion counts as solved; the groups have the scores of the domain's rewards.
+
+    Those of `passes` are asked only where a domain has any of its own.
+    """
+    asked = [(domain.passes, group.task, group.rollouts) for domain, group in judged if domain.cfg.passes]
+    answers = iter(score_all(asked))
+    scores = [next(answers) if domain.cfg.passes else group.scores for domain, group in judged]
+    return [
+        [domain.passes.passed(score) for score in of_group]
+        for (domain, _), of_group in zip(judged, scores, strict=True)
+    ]
+
+
 def open_domains(cfg: config.Run, names: Iterable[str] | None = None) -> dict[str, Domain]:
     """The named domains (default: all) by name, in the recipe's order.
 

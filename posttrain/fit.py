@@ -9,6 +9,7 @@ from pathlib import Path
 
 from posttrain import config
 from posttrain.config import Convert, Distill, Pretrain, Rl, Run
+from posttrain.graph import is_path
 from posttrain.rollouts.geometry import (
     Geometry,
     Memory,
@@ -81,7 +82,7 @@ def _served(cfg: Run) -> list[tuple[Unit, str]]:
 
 def _shape(cfg: Run, name: str) -> Geometry | None:
     """The shape of a stage's output or of a checkpoint; None where nobody can know it yet."""
-    if config.is_path(name):
+    if is_path(name):
         return Geometry.read(Path(name))
     stage = next(stage for stage in cfg.stages if stage.name == name)
     if isinstance(stage, Pretrain):  # the tokenizer decides the rest: a few hundred rows, or many thousand

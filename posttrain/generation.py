@@ -1,17 +1,16 @@
 """From tasks to groups: make the requests, generate, put the rollouts of a task together.
 
 Shared by RL, distillation and evaluation. A sample's seed comes from (seed, epoch, task, index) alone,
-so that it does not depend on batches, actors or restarts. Next: rollouts/pool.py, stages/rl.py.
+so that it does not depend on batches, actors or restarts. Which tasks a step takes is mixture.py's to say.
+Next: rollouts/pool.py, stages/rl.py.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from typing import Any
 
-from posttrain.config import Keep, Mix, Rollouts
+from posttrain.config import Keep, Rollouts
 from posttrain.domains import Domain
 from posttrain.ledger import StageLedger
 from posttrain.model.checkpoint import attention_of
@@ -86,44 +85,6 @@ def sampling(cfg: Rollouts, keep: Keep | None = None) -> Sampling:
     )
 
 
-class TaskOrder:
-    """Which tasks each step uses: every domain in shuffled epochs, domains by their weights."""
-
-    def __init__(self, domains: dict[str, Domain], mix: dict[str, Mix], *, seed: int) -> None:
-        total = sum(part.weight for part in mix.values())
-        self._share = {name: mix[name].weight / total for name in domains}
-        self._credit = dict.fromkeys(domains, 0.0)
-        self._streams = {name: _Epochs(domain, seed) for name, domain in domains.items()}
-
-    def step(self, num_tasks: int) -> list[tuple[Domain, Task, int]]:
-        """Domain, task and epoch of the next tasks, domains together."""
-        for name, share in self._share.items():
-            self._credit[name] += share * num_tasks
-        counts = dict.fromkeys(self._share, 0)
-        for _ in range(num_tasks):  # always the domain that is most behind
-            name = max(self._credit, key=lambda n: self._credit[n])
-            self._credit[name] -= 1
-            counts[name] += 1
-        return self.more([name for name, count in counts.items() for _ in range(count)])
-
-    def more(self, domains: Sequence[str]) -> list[tuple[Domain, Task, int]]:
-        """Domain, task and epoch of the next task of each domain named."""
-        return [next(self._streams[name]) for name in domains]
-
-    def state(self) -> dict[str, Any]:
-        """Where the order stands, as JSON; quarantined tasks are a part of it, since they are passed over."""
-        return {
-            "credit": self._credit,
-            "streams": {name: stream.state() for name, stream in self._streams.items()},
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was asked for."""
-        self._credit = dict(state["credit"])
-        for name, stream in self._streams.items():
-            stream.restore(state["streams"][name])
-
-
 def generate(
     pool: Pool, plans: Sequence[GroupPlan], settings: Sampling, ledger: StageLedger | None
 ) -> list[Group]:
@@ -139,49 +100,3 @@ def generate(
     if ledger is not None:
         ledger.generated([id for p in plans for id in p.ids])
     return groups
-
-
-class _Epochs(Iterator[tuple[Domain, Task, int]]):
-    """The tasks of a domain without end, shuffled anew each epoch."""
-
-    def __init__(self, domain: Domain, seed: int) -> None:
-        self._domain, self._rng = domain, Random(f"{seed}/{domain.name}")
-        self._shuffled_by = self._rng.getstate()
-        self._epoch, self._next = -1, 0
-        self._order: list[Task] = []
-
-    def __next__(self) -> tuple[Domain, Task, int]:
-        quarantined = self._domain.rewards.quarantined
-        while True:
-            if self._next == len(self._order):
-                self._shuffle()
-            task = self._order[self._next]
-            self._next += 1
-            if task.id not in quarantined:
-                return self._domain, task, self._epoch
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "rng": self._shuffled_by,
-            "epoch": self._epoch,
-            "next": self._next,
-            "quarantined": self._domain.rewards.quarantined,
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        version, numbers, gauss = state["rng"]
-        self._rng.setstate((version, tuple(numbers), gauss))
-        self._domain.rewards.quarantined.update(state["quarantined"])
-        if state["epoch"] >= 0:
-            self._shuffle()
-        self._epoch, self._next = state["epoch"], state["next"]
-
-    def _shuffle(self) -> None:
-        tasks, quarantined = self._domain.split.train, self._domain.rewards.quarantined
-        if len(quarantined) >= len(tasks):
-            raise ValueError(
-                f"domain {self._domain.name!r}: every task is quarantined: {list(quarantined.values())[-1]}"
-            )
-        self._shuffled_by = self._rng.getstate()
-        self._order = self._rng.sample(tasks, len(tasks))
-        self._epoch, self._next = self._epoch + 1, 0

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from posttrain.config import Run, is_path
+from posttrain.config import Run
+from posttrain.graph import is_path
 from posttrain.ledger import StageLedger
 from posttrain.metrics import Metrics
 from posttrain.snapshots import Snapshots

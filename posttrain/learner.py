@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from posttrain import config, diagnosis, logprob, loss, training_state
+from posttrain import config, diagnosis, logprob, loss, teachers, training_state
 from posttrain.device_batch import DeviceBatch, on_device
 from posttrain.group import Group, Pass, Value, in_order, total
 from posttrain.kernels.backend import Choice
@@ -56,6 +56,9 @@ class Setup:
     """Train adapters in place of the model's weights."""
     reference: bool = False
     """Keep the starting policy for the KL: a frozen copy, or the model with its adapters off."""
+    mopd: config.Mopd | None = None
+    teachers: tuple[Path, ...] = ()
+    """What batches with a teacher are distilled from."""
     sharding: config.Sharding = field(default_factory=config.Sharding)
     device: str = "cpu"
     dtype: str = "float32"
@@ -88,6 +91,8 @@ class Setup:
             raise ValueError(
                 'lora with indexers that train: adapters alone train there; set indexer = "freeze" or leave lora out'
             )
+        if (self.mopd is None) != (not self.teachers):
+            raise ValueError(f"mopd={self.mopd} with {len(self.teachers)} teachers; give both or neither")
         if self.sharding.offload and self.device == "cpu":
             raise ValueError("sharding.offload = true on the CPU: parameters are in host memory as it is")
 
@@ -120,6 +125,9 @@ class Learner:
         if group is not None:
             for model in filter(None, (self.model, self.reference)):
                 group.shard(model, setup.sharding, dtype)
+        self._teachers = teachers.load(
+            setup.teachers, self.model, setup.checkpoint, dtype=dtype, device=setup.device
+        )
         self.optimizers = Optimizers(
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
         )
@@ -164,11 +172,18 @@ class Learner:
             batch, tensors = each.batch, self._on_device(each.batch)
             context = self._context(tensors, self.setup.indexer_loss)
             with_entropy = settings.entropy_coef > 0
-            policy = self._policy(self.model, tensors, context, temperature, with_entropy=with_entropy)
-            values = self._values(batch, tensors, policy, settings, temperature)
+            teacher, teacher_M = self._taught(batch, tensors, temperature)
+            policy = self._policy(
+                self.model, tensors, context, temperature, with_entropy=with_entropy, teacher=teacher
+            )
+            ref_M = None if settings.kl == "none" else self._reference_logprobs(tensors, temperature)
+            coef = 0.0 if self.setup.mopd is None else self.setup.mopd.coef
+            values = loss.values(
+                batch, tensors, policy, settings, ref_M=ref_M, teacher_M=teacher_M, teacher_coef=coef
+            )
             objective, figures = loss.policy_loss(values, settings)
             if each.index is not None:
-                seen[each.index] = policy[0].detach().cpu().numpy()
+                seen[each.index] = policy.logp_M.detach().cpu().numpy()
                 for name, value in figures.items():
                     sums[name] += self._counts * float(value) / valid
             self._backward(objective, objective, each, context, sums, share=self._share(batches))
@@ -298,47 +313,10 @@ class Learner:
     def _on_device(self, batch: Batch) -> DeviceBatch:
         return on_device(batch, self.setup.device)
 
-    def _values(
-        self,
-        batch: Batch,
-        tensors: DeviceBatch,
-        policy: tuple[Tensor, Tensor | None],
-        settings: config.Loss,
-        temperature: float,
-    ) -> loss.Values:
-        logp_M, entropy_M = policy
-
-        def valid(values_T: NDArray[np.float32]) -> Tensor:
-            return torch.from_numpy(values_T[batch.mask_T]).to(logp_M.device)
-
-        engine_M = valid(batch.logprobs_T)
-        if settings.old_policy == "engine":
-            old_M = engine_M
-        else:  # before the first update the old policy is the current one
-            old_M = logp_M.detach() if batch.old_logprobs_T is None else valid(batch.old_logprobs_T)
-        high = settings.clip if settings.clip_high is None else settings.clip_high
-        clip_S2 = np.where(
-            np.isnan(batch.clip_S2), np.array([settings.clip, high], np.float32), batch.clip_S2
-        )
-        clip_2M = torch.from_numpy(clip_S2).to(logp_M.device)[tensors.sequence_M].T
-        return loss.Values(
-            logp_M=logp_M,
-            engine_M=engine_M,
-            old_M=old_M,
-            ref_M=None if settings.kl == "none" else self._reference_logprobs(tensors, temperature),
-            entropy_M=entropy_M,
-            advantage_M=valid(batch.advantage_T),
-            weight_M=tensors.weight_M,
-            kl_coef_M=valid(batch.kl_coef_T),
-            low_M=clip_2M[0],
-            high_M=clip_2M[1],
-            sequence_M=tensors.sequence_M,
-        )
-
     def _logprobs(
         self, model: Any, tensors: DeviceBatch, context: PackedContext, temperature: float = 1.0
     ) -> Tensor:
-        return self._policy(model, tensors, context, temperature)[0]
+        return self._policy(model, tensors, context, temperature).logp_M
 
     def _policy(
         self,
@@ -348,24 +326,42 @@ class Learner:
         temperature: float,
         *,
         with_entropy: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and, if wanted, entropies [M], of the whole batch also where ranks share it."""
+        teacher: logprob.Hidden | None = None,
+    ) -> logprob.Read:
+        """What is read off the logits [M], of the whole batch also where ranks share it; the teacher's are the part's."""
         part = None
         if isinstance(context, PartContext):
             assert self._sharing is not None, "the context is from _context"
             part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
             tensors = tensors.cut(part)
 
-        def read(x_MD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor | None]:
-            given = (tensors.targets_M, temperature, tensors.kept_ids)
-            limit = self.setup.max_logits
-            return logprob.head_logprobs(x_MD, head_VD, *given, with_entropy=with_entropy, max_logits=limit)
+        def read(x_MD: Tensor, head_VD: Tensor) -> logprob.Read:
+            hidden, limit = logprob.Hidden(x_MD, head_VD), self.setup.max_logits
+            given = (hidden, tensors.targets_M, temperature, tensors.kept_ids)
+            return logprob.head_logprobs(*given, with_entropy=with_entropy, teacher=teacher, max_logits=limit)
 
-        logp_M, entropy_M = model(tensors.tokens_T, context, tensors.at_M, read)
-        if part is not None and self._sharing is not None:
-            logp_M = self._sharing.valid(logp_M, part)
-            entropy_M = None if entropy_M is None else self._sharing.valid(entropy_M, part)
-        return logp_M, entropy_M
+        found: logprob.Read = model(tensors.tokens_T, context, tensors.at_M, read)
+        if part is None or self._sharing is None:
+            return found
+        sharing = self._sharing
+        return logprob.Read._make(None if x_M is None else sharing.valid(x_M, part) for x_M in found)
+
+    @torch.no_grad()
+    def _taught(
+        self, batch: Batch, tensors: DeviceBatch, temperature: float
+    ) -> tuple[logprob.Hidden | None, Tensor | None]:
+        """What the batch's teacher makes of the tokens: hidden states (form "full") or log-probs ("sampled")."""
+        if self.setup.mopd is None or batch.teacher is None:
+            return None, None
+        model = self._teachers[batch.teacher]
+        tensors = replace(tensors, experts_NTE=None, kept_NTK=None)  # its own choices
+        context = self._context(tensors)
+        if self.setup.mopd.form == "sampled":
+            return None, self._logprobs(model, tensors, context, temperature)
+        if isinstance(context, PartContext):
+            assert self._sharing is not None, "the context is from _context"
+            tensors = tensors.cut(self._sharing.part(len(tensors.tokens_T), tensors.at_M))
+        return model(tensors.tokens_T, context, tensors.at_M, logprob.Hidden), None
 
     @torch.no_grad()
     def _reference_logprobs(self, tensors: DeviceBatch, temperature: float) -> Tensor | None:

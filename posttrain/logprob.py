@@ -1,4 +1,4 @@
-"""Log-probs of tokens, over the whole vocabulary or over what top-p and top-k had left, and entropy.
+"""Log-probs of tokens, over the whole vocabulary or over what top-p and top-k had left, entropy, KL to a teacher.
 
 Keep Sampling Mask (V3.2 3.1): a token that was drawn from a cut distribution has the probability that it had
 there, for the policy, the old policy and the reference alike; the set is the engine's and is not found anew, since
@@ -9,6 +9,7 @@ Shape letters: M valid tokens, D hidden, V vocabulary, R kept vocabulary entries
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,41 +43,64 @@ class KeptIds:
         return KeptIds(self.masked_N[first:last] - begin, self.rows_R[low:high] - first, self.ids_R[low:high])
 
 
+class Hidden(NamedTuple):
+    """Where a model's logits of the valid tokens come from."""
+
+    x_MD: Tensor
+    head_VD: Tensor
+
+
+class Read(NamedTuple):
+    """What is read off the logits, fp32 [M] each."""
+
+    logp_M: Tensor
+    """log pi(target)."""
+    entropy_M: Tensor | None = None
+    teacher_kl_M: Tensor | None = None
+    """D_KL(pi || teacher) of the token's whole distribution."""
+
+
 def head_logprobs(
-    x_MD: Tensor,
-    head_VD: Tensor,
+    hidden: Hidden,
     targets_M: Tensor,
     temperature: float,
     kept: KeptIds | None,
     *,
     with_entropy: bool = False,
+    teacher: Hidden | None = None,
     max_logits: int = MAX_LOGITS,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of the targets and, if wanted, entropies, fp32 [M], from hidden states and the vocabulary head."""
-    rows = max(1, max_logits // len(head_VD))
+) -> Read:
+    """Log-probs of the targets, entropies if wanted, and the KL to the teacher where there is one."""
+    x_MD, head_VD = hidden
+    models = 1 if teacher is None else 2
+    rows = max(1, max_logits // (models * len(head_VD)))
     if len(x_MD) <= rows:
-        return _of_rows(x_MD, head_VD, targets_M, temperature, kept, with_entropy)
-    parts = []
+        return _of_rows(hidden, targets_M, temperature, kept, with_entropy, teacher)
+    parts: list[Read] = []
     for begin in range(0, len(x_MD), rows):
         end = min(begin + rows, len(x_MD))
         kept_part = None if kept is None else kept.part(begin, end)
-        given = (x_MD[begin:end], head_VD, targets_M[begin:end], temperature, kept_part, with_entropy)
+        teacher_part = None if teacher is None else Hidden(teacher.x_MD[begin:end], teacher.head_VD)
+        own = Hidden(x_MD[begin:end], head_VD)
+        given = (own, targets_M[begin:end], temperature, kept_part, with_entropy, teacher_part)
         parts.append(checkpoint(_of_rows, *given, use_reentrant=False, preserve_rng_state=False))
-    logp_M = torch.cat([logp for logp, _ in parts])
-    return logp_M, torch.cat([entropy for _, entropy in parts]) if with_entropy else None
+    return Read._make(None if some[0] is None else torch.cat(some) for some in zip(*parts, strict=True))
 
 
 def _of_rows(
-    x_MD: Tensor,
-    head_VD: Tensor,
+    hidden: Hidden,
     targets_M: Tensor,
     temperature: float,
     kept: KeptIds | None,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:
-    logits_MV = _at_least_fp32(F.linear(x_MD, head_VD))
-    logp_M = sampled_logprobs(logits_MV, targets_M, temperature, kept)
-    return logp_M, entropy(logits_MV, temperature) if with_entropy else None
+    teacher: Hidden | None,
+) -> Read:
+    logits_MV = _at_least_fp32(F.linear(*hidden))
+    return Read(
+        sampled_logprobs(logits_MV, targets_M, temperature, kept),
+        entropy(logits_MV, temperature) if with_entropy else None,
+        None if teacher is None else reverse_kl(logits_MV, F.linear(*teacher), temperature),
+    )
 
 
 def sampled_logprobs(
@@ -112,6 +136,16 @@ def entropy(logits_MV: Tensor, temperature: float) -> Tensor:
     """Entropy in nats of softmax(logits / temperature), fp32 [M], of the whole vocabulary: what a cut hides counts."""
     logp_MV = torch.log_softmax(_at_least_fp32(logits_MV) / temperature, dim=-1)
     return -(logp_MV.exp() * logp_MV).sum(-1)
+
+
+def reverse_kl(logits_MV: Tensor, teacher_MV: Tensor, temperature: float) -> Tensor:
+    """sum_v pi(v) log(pi(v) / teacher(v)), fp32 [M], both at the temperature and over the whole vocabulary.
+
+    Exact, and so is its gradient: no token has to be drawn for it. What a cut hides counts, as in the entropy.
+    """
+    logp_MV = torch.log_softmax(_at_least_fp32(logits_MV) / temperature, dim=-1)
+    teacher_logp_MV = torch.log_softmax(_at_least_fp32(teacher_MV) / temperature, dim=-1)
+    return (logp_MV.exp() * (logp_MV - teacher_logp_MV)).sum(-1)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -1,25 +1,31 @@
 """The losses of reinforcement learning on the log-probs of valid tokens: policy terms, KL estimators, masks.
 
 Every function is one equation and nothing else; weights (1/G, 1/|o|, domain) come in from packing.py, so that
-a loss is a plain weighted sum. Four policies appear, and each function says which it takes:
+a loss is a plain weighted sum. Five policies appear, and each function says which it takes:
 
     pi          the current weights; the only one with a gradient
     pi_engine   what the tokens were drawn from: the engine's log-probs, recorded with the rollout
     pi_old      pi_engine (loss.old_policy = "engine"), or the learner's own log-probs before the first update
                 of the step ("recomputed"): the denominator of the policy ratio
     pi_ref      a frozen copy of the policy that the stage started from: the reference of the KL
+    pi_teacher  the specialist of the token's domain, frozen: what on-policy distillation pulls towards
 
 Next: logprob.py for where log-probs come from, learner.py.
 
 Shape letters: M valid tokens of a batch, S sequences in it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain import config
+from posttrain.device_batch import DeviceBatch
+from posttrain.logprob import Read
+from posttrain.schema import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +48,53 @@ class Values:
     high_M: Tensor
     sequence_M: Tensor
     """Which sequence of the batch a token belongs to, 0 .. S - 1."""
+    teacher_M: Tensor | None = None
+    """log pi_teacher of the token: distillation by the sampled tokens."""
+    teacher_kl_M: Tensor | None = None
+    """D_KL(pi || pi_teacher) over the vocabulary, with its gradient: distillation by whole distributions."""
+    teacher_coef: float = 0.0
+
+
+def values(
+    batch: Batch,
+    tensors: DeviceBatch,
+    policy: Read,
+    settings: config.Loss,
+    *,
+    ref_M: Tensor | None,
+    teacher_M: Tensor | None = None,
+    teacher_coef: float = 0.0,
+) -> Values:
+    """The values of a batch of which the policy's log-probs were just read."""
+    logp_M = policy.logp_M
+
+    def valid(values_T: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(values_T[batch.mask_T]).to(logp_M.device)
+
+    engine_M = valid(batch.logprobs_T)
+    if settings.old_policy == "engine":
+        old_M = engine_M
+    else:  # before the first update the old policy is the current one
+        old_M = logp_M.detach() if batch.old_logprobs_T is None else valid(batch.old_logprobs_T)
+    high = settings.clip if settings.clip_high is None else settings.clip_high
+    clip_S2 = np.where(np.isnan(batch.clip_S2), np.array([settings.clip, high], np.float32), batch.clip_S2)
+    clip_2M = torch.from_numpy(clip_S2).to(logp_M.device)[tensors.sequence_M].T
+    return Values(
+        logp_M=logp_M,
+        engine_M=engine_M,
+        old_M=old_M,
+        ref_M=ref_M,
+        entropy_M=policy.entropy_M,
+        advantage_M=valid(batch.advantage_T),
+        weight_M=tensors.weight_M,
+        kl_coef_M=valid(batch.kl_coef_T),
+        low_M=clip_2M[0],
+        high_M=clip_2M[1],
+        sequence_M=tensors.sequence_M,
+        teacher_M=teacher_M,
+        teacher_kl_M=policy.teacher_kl_M,
+        teacher_coef=teacher_coef,
+    )
 
 
 def policy_loss(values: Values, settings: config.Loss) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,7 +102,7 @@ def policy_loss(values: Values, settings: config.Loss) -> tuple[Tensor, dict[str
 
     The correction and the off-policy mask multiply the policy term only; the KL stays (V3.2 Eq. 8).
     """
-    v = values
+    v = values if values.teacher_M is None else with_teacher_advantage(values)
     log_ratio_M = v.logp_M - v.old_M
     if settings.policy == "gspo":
         log_ratio_M = sequence_mean(log_ratio_M, v.sequence_M)
@@ -80,7 +133,24 @@ def policy_loss(values: Values, settings: config.Loss) -> tuple[Tensor, dict[str
     if v.entropy_M is not None:
         objective_M = objective_M + settings.entropy_coef * v.entropy_M
         figures["entropy"] = v.entropy_M.detach().sum()
+    if v.teacher_kl_M is not None:
+        objective_M = objective_M - v.teacher_coef * v.teacher_kl_M
+        figures["teacher_kl"] = v.teacher_kl_M.detach().sum()
+    elif v.teacher_M is not None:
+        figures["teacher_kl"] = (v.logp_M.detach() - v.teacher_M).sum()
     return -(v.weight_M * objective_M).sum(), figures
+
+
+def with_teacher_advantage(v: Values) -> Values:
+    """The advantage less coef * log(pi / pi_teacher) of the token, detached.
+
+    On-policy the expected gradient of the policy term is then less that of coef * D_KL(pi || pi_teacher) at each token,
+    since E[log(pi / q) grad log pi] = grad sum_v pi log(pi / q). Ratio, clip, correction and off-policy mask apply to it
+    as to any advantage. Added to rewards it is a bonus of the token, not of the sequence.
+    """
+    assert v.teacher_M is not None, "a batch without a teacher"
+    behind_M = v.logp_M.detach() - v.teacher_M
+    return replace(v, advantage_M=v.advantage_M - v.teacher_coef * behind_M)
 
 
 def clipped_objective(ratio_M: Tensor, advantage_M: Tensor, low_M: Tensor, high_M: Tensor) -> Tensor:

@@ -41,14 +41,21 @@ def token_weights(samples: Sequence[Sample], norm: Norm, num_groups: int) -> lis
 def pack(samples: Sequence[Sample], weights: Sequence[float], *, tokens_per_batch: int) -> list[Batch]:
     """Batches of at most tokens_per_batch tokens (one longer sample gets its own), neighbours in length.
 
-    Sorting by length keeps the documents of a batch alike, which the grid inside attention likes.
+    Sorting by length keeps the documents of a batch alike, which the grid inside attention likes. A batch has one
+    teacher, or none.
     """
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), samples[i].id))
+
+    def rank(i: int) -> tuple[int, int, str]:
+        teacher = samples[i].teacher
+        return -1 if teacher is None else teacher, len(samples[i].tokens), samples[i].id
+
+    order = sorted(range(len(samples)), key=rank)
     batches: list[Batch] = []
     chosen: list[int] = []
     for i in order:
         # The grid of a batch is (number of documents) x (longest document), and i is the longest yet.
-        if chosen and (len(chosen) + 1) * len(samples[i].tokens) > tokens_per_batch:
+        full = (len(chosen) + 1) * len(samples[i].tokens) > tokens_per_batch
+        if chosen and (full or samples[i].teacher != samples[chosen[0]].teacher):
             batches.append(_batch([samples[j] for j in chosen], [weights[j] for j in chosen]))
             chosen = []
         chosen.append(i)
@@ -82,6 +89,7 @@ def _batch(samples: Sequence[Sample], weights: Sequence[float]) -> Batch:
         kl_coef_T=_spread([s.kl_coef for s in samples], lengths),
         clip_S2=np.array([s.clip or (np.nan, np.nan) for s in samples], np.float32),
         ids=tuple(s.id for s in samples),
+        teacher=samples[0].teacher,
         kept_NTK=_joined("kept", samples, _kept),
         experts_NTE=_joined("experts", samples, _experts),
         sampling_mask=_sampling_mask(samples),

@@ -155,6 +155,8 @@ class Sample:
     length_budget: int = 0
     """Tokens that its completion could have had: the constant normaliser of Dr.GRPO."""
     domain: str = ""
+    teacher: int | None = None
+    """Which of the stage's teachers it is distilled from; None = none."""
     kept: NDArray[np.int16] | NDArray[np.int32] | None = None
     """As in Rollout: what the learner takes over instead of choosing anew; also the next two."""
     experts: NDArray[np.int16] | None = None
@@ -183,6 +185,8 @@ class Batch:
     """Ledger ids of the samples, in order."""
     old_logprobs_T: NDArray[np.float32] | None = None
     """The learner's log-probs before the first update of the step; None: this is the first update."""
+    teacher: int | None = None
+    """Of all its samples."""
     kept_NTK: NDArray[np.int16] | NDArray[np.int32] | None = None
     """Positions inside the own document. The last token of a document, which nothing is predicted from, keeps
     itself."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain import config
+from posttrain import config, graph
 from posttrain.config import Distill, Pretrain, Rl, Run, Sft, Sparse, Stage, Warmup
 from posttrain.store import MANIFEST, Store, file_hash
 
@@ -25,6 +25,9 @@ class EvaluateUnit:
     name: str
     """"<stage>.eval"."""
     source: str
+    as_rollouts: bool = False
+    """Also sample as training does, which is not at temperature 1 from everything: a later stage measures its gap to
+    this one, and the two must be the same quantity."""
     kind: Literal["evaluate"] = "evaluate"
 
 
@@ -34,10 +37,13 @@ Unit = Stage | EvaluateUnit
 def expand(cfg: Run) -> list[Unit]:
     """The stages in order, each followed by its evaluation (none if there are no domains)."""
     units: list[Unit] = []
+    rl = [stage for stage in cfg.stages if isinstance(stage, Rl)]
+    followed = {name for stage in rl for name in graph.measured_specialists(cfg, stage).values()}
     for stage in cfg.stages:
         units.append(stage)
         if stage.evaluate and cfg.domains:
-            units.append(EvaluateUnit(name=f"{stage.name}.eval", source=stage.name))
+            as_rollouts = stage.name in followed and not cfg.rollouts.plain
+            units.append(EvaluateUnit(name=f"{stage.name}.eval", source=stage.name, as_rollouts=as_rollouts))
     return units
 
 
@@ -58,10 +64,13 @@ def select(units: Sequence[Unit], *, only: str | None, until: str | None) -> lis
 
 
 def stage_sources(cfg: Run, unit: Unit) -> list[str]:
-    """Names of the stages whose output a unit reads: its sources, then the judges of its domains."""
-    every = [unit.source] if isinstance(unit, EvaluateUnit) else config.sources(unit)
+    """Names of the stages whose output a unit reads: its sources, then the judges of its domains, then the
+    evaluations of its specialists."""
+    every = [unit.source] if isinstance(unit, EvaluateUnit) else graph.sources(unit)
     judges = [name for domain in _domains(cfg, unit) for name in domain.stages]
-    return list(dict.fromkeys([*(source for source in every if not config.is_path(source)), *judges]))
+    gaps = graph.measured_specialists(cfg, unit).values() if isinstance(unit, Rl) else ()
+    inside = [source for source in every if not graph.is_path(source)]
+    return list(dict.fromkeys([*inside, *judges, *(f"{name}.eval" for name in gaps)]))
 
 
 def ancestors(cfg: Run, units: Sequence[Unit], unit: Unit) -> list[Unit]:
@@ -81,7 +90,7 @@ def outside_files(cfg: Run, unit: Unit) -> list[str]:
     """Files and folders that a unit reads and no stage writes."""
     named: list[str] = []
     if not isinstance(unit, EvaluateUnit):
-        named += [source for source in config.sources(unit) if config.is_path(source)]
+        named += [source for source in graph.sources(unit) if graph.is_path(source)]
     if isinstance(unit, Pretrain | Warmup | Sparse):
         named += unit.data.files
     named += [domain.tasks for domain in _domains(cfg, unit)]
@@ -105,6 +114,7 @@ def depends_on(cfg: Run, unit: Unit) -> dict[str, Any]:
     if isinstance(unit, EvaluateUnit):
         parts |= {"kind": unit.kind, "source": unit.source}
         parts["evaluation"] = cfg.evaluation.model_dump(mode="json")
+        parts |= {"as_rollouts": True} if unit.as_rollouts else {}
     else:
         parts |= unit.model_dump(mode="json", exclude={"evaluate"})
     if isinstance(unit, Rl | Distill | EvaluateUnit):

@@ -59,7 +59,9 @@ def _cut(tokens: np.ndarray[Any, Any], rng: np.random.Generator) -> SamplingMask
     )
 
 
-def batches(limit: int, *, order: int = 1, seed: int = 0, keep: bool = False) -> list[Batch]:
+def batches(
+    limit: int, *, order: int = 1, seed: int = 0, keep: bool = False, num_teachers: int = 0
+) -> list[Batch]:
     """Nine samples of many lengths, packed; with engine log-probs far enough off to be clipped."""
     rng = np.random.default_rng(seed)
     samples = [
@@ -71,6 +73,7 @@ def batches(limit: int, *, order: int = 1, seed: int = 0, keep: bool = False) ->
             group_size=3,
             kl_coef=0.1,
             logprobs=rng.normal(-5.0, 1.0, 10 + 3 * i).astype(np.float32),
+            teacher=i % num_teachers if num_teachers else None,
         )
         for i in range(9)
     ][::order]
@@ -129,7 +132,7 @@ def gradients(
     seen = watch(made)
     use_sgd(made)
     settings = config.Loss(policy=policy, entropy_coef=0.01, offpolicy_delta=0.3)
-    given = batches(limit, order=order, keep=keep)
+    given = batches(limit, order=order, keep=keep, num_teachers=len(changes.get("teachers", ())))
     figures, logprobs = made.grpo_step(given, settings, 0.8)
     by_id = {}
     for batch, logp_M in zip(given, logprobs, strict=True):
@@ -138,6 +141,16 @@ def gradients(
     found = {f"grad/{name}": gradient for name, gradient in seen.items()} | _figures(figures)
     found |= {f"logprobs/{id}": torch.from_numpy(by_id[id]) for id in sorted(by_id)}
     return found | {f"weight/{name}": tensor for name, tensor in weights(made).items()}
+
+
+def taught(path: Path, group: Group | None, form: Any) -> Found:
+    """The same with two teachers, so that ranks ask different ones at the same time."""
+    teachers = tuple(tiny.sparse_checkpoint(path.parent / f"teacher-{seed}", seed=seed) for seed in (1, 2))
+    if group is not None:
+        group.collect(0)  # transformers lets the first rank alone write
+    return gradients(
+        path, group, limit=60, keep=True, mopd=config.Mopd(form=form, coef=0.5), teachers=teachers
+    )
 
 
 def warmup(path: Path, group: Group | None, **changes: Any) -> Found:
@@ -252,6 +265,8 @@ CASES: dict[str, Callable[..., Found]] = {
     "spread, three steps": lambda *a: training(*a, sgd=True, sharding=SPREAD),
     "recomputed": lambda *a: gradients(*a, limit=60, sharding={"recompute": True}),
     "kept": lambda *a: gradients(*a, limit=60, keep=True, max_logits=9 * 214),
+    "taught": lambda *a: taught(*a, "full"),
+    "taught by samples": lambda *a: taught(*a, "sampled"),
     "gspo": lambda *a: gradients(*a, limit=60, policy="gspo"),
     "warm-up": warmup,
     "warm-up, recomputed": lambda *a: warmup(*a, sharding={"recompute": True}),

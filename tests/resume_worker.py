@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from posttrain import config, generation, pipeline, snapshots
+from posttrain import config, mixture, pipeline, snapshots
 from posttrain.learner import Learner, Setup
 from posttrain.ledger import Ledger
 from posttrain.model import checkpoint
@@ -48,7 +48,7 @@ def recipe(out: Path, source: Path) -> dict[str, Any]:
         "name": "mixed",
         "kind": "rl",
         "source": "sparse",
-        "mix": {"logic": {}, "align": {"kl_coef": 0.1}},
+        "mix": {"logic": {"curriculum": 0.75}, "align": {"kl_coef": 0.1}},
     }
     mixed |= {
         "tasks_per_step": 3,
@@ -186,9 +186,9 @@ def main() -> None:
     if args.kill:
         KILLS[args.kill]()
     if args.forget_rng:
-        restore = generation._Epochs.restore
+        restore = mixture._Epochs.restore
         fresh = random.Random(0).getstate()
-        generation._Epochs.restore = lambda self, state: restore(self, {**state, "rng": fresh})  # type: ignore[method-assign]
+        mixture._Epochs.restore = lambda self, state: restore(self, {**state, "rng": fresh})  # type: ignore[method-assign]
     pipeline._cluster = lambda cfg, say: nullcontext(LocalCluster(cfg))  # type: ignore[assignment,return-value]
     run = config.Run.model_validate(recipe(args.out, args.source))
     if args.asynchronous:

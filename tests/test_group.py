@@ -149,7 +149,17 @@ def two(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     return out, _launch(path, out, size=2, context=1)
 
 
-SHARED = ("one batch", "micro-batches", "recomputed", "kept", "gspo", "warm-up", "adapters", "spread experts")
+SHARED = (
+    "one batch",
+    "micro-batches",
+    "recomputed",
+    "kept",
+    "taught",
+    "gspo",
+    "warm-up",
+    "adapters",
+    "spread experts",
+)
 
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["2 of 2", "2 of 4"])

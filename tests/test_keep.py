@@ -342,7 +342,7 @@ def test_logits_of_a_few_tokens_at_a_time_are_the_plain_form(rows: int) -> None:
 
     def found(read: Any) -> list[torch.Tensor]:
         leaves = [t.clone().requires_grad_() for t in (x, head)]
-        logp, entropy = read(*leaves)
+        logp, entropy = read(*leaves)[:2]
         (weight * (logp + 0.3 * entropy)).sum().backward()
         return [logp.detach(), entropy.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -351,7 +351,8 @@ def test_logits_of_a_few_tokens_at_a_time_are_the_plain_form(rows: int) -> None:
         return logprob.sampled_logprobs(logits, targets, 0.7, kept), logprob.entropy(logits, 0.7)
 
     def by_rows(x: torch.Tensor, head: torch.Tensor) -> Any:
-        return logprob.head_logprobs(x, head, targets, 0.7, kept, with_entropy=True, max_logits=29 * rows + 3)
+        hidden = logprob.Hidden(x, head)
+        return logprob.head_logprobs(hidden, targets, 0.7, kept, with_entropy=True, max_logits=29 * rows + 3)
 
     for ours, expected in zip(found(by_rows), found(plain), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-13, rtol=1e-12)
@@ -375,8 +376,8 @@ def test_all_logits_never_exist_together() -> None:
 
     for limit, largest in ((40 * 9, 40 * 9), (40 * 50, 40 * 50)):
         with Largest() as seen:
-            logp, entropy = logprob.head_logprobs(
-                x, head, targets, 1.0, None, with_entropy=True, max_logits=limit
+            logp, entropy, _ = logprob.head_logprobs(
+                logprob.Hidden(x, head), targets, 1.0, None, with_entropy=True, max_logits=limit
             )
             assert entropy is not None
             (logp + entropy).sum().backward()

@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 
-from posttrain import config, generation
+from posttrain import config
 from posttrain.domains import open_domains
 from posttrain.learner import Learner
 from posttrain.ledger import Ledger
+from posttrain.mixture import TaskOrder
 from posttrain.model import checkpoint
 from posttrain.model.weights import pack
 from posttrain.rollouts.fake_engine import FakeEngine
@@ -82,7 +83,7 @@ class _Step:
             cfg=self.cfg, out=path, seed=0, ledger=self.ledger.begin("rl"), source=Path
         )
         self.learner = Learner(rl._setup(self.stage, self.job))
-        self.order = generation.TaskOrder(open_domains(self.cfg), self.stage.mix, seed=0)
+        self.order = TaskOrder(open_domains(self.cfg), self.stage.mix, seed=0)
         self.engine = engine or TorchEngine(checkpoint.load(path / "sparse"), TOKENIZER)
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
 

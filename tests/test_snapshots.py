@@ -13,10 +13,11 @@ import tiny
 import torch
 from resume_worker import EVERY, KILLS, STEPS
 
-from posttrain import config, generation, packing
+from posttrain import config, packing
 from posttrain.domains import open_domains
 from posttrain.learner import Learner, Setup
 from posttrain.ledger import Ledger
+from posttrain.mixture import TaskOrder
 from posttrain.schema import Batch
 from posttrain.snapshots import Snapshots, newest
 from posttrain.store import SNAPSHOTS, Origin, file_hash
@@ -190,8 +191,8 @@ def test_snapshots_are_due_by_step_and_by_clock(tmp_path: Path) -> None:
     )
 
 
-def _order(cfg: config.Run) -> generation.TaskOrder:
-    return generation.TaskOrder(open_domains(cfg), {"a": config.Mix(weight=2), "b": config.Mix()}, seed=3)
+def _order(cfg: config.Run) -> TaskOrder:
+    return TaskOrder(open_domains(cfg), {"a": config.Mix(weight=2), "b": config.Mix()}, seed=3)
 
 
 def test_the_order_of_tasks_goes_on_through_epochs_and_quarantine(tmp_path: Path) -> None:

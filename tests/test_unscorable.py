@@ -7,7 +7,7 @@ from test_rewards import rollout, task
 
 from posttrain import config
 from posttrain.domains import Domain
-from posttrain.generation import TaskOrder
+from posttrain.mixture import TaskOrder
 from posttrain.rewards.base import bounded, per_rollout
 from posttrain.rewards.scorer import Scorer
 from posttrain.rollout_file import Row

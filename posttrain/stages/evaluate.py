@@ -1,4 +1,4 @@
-"""pass@1 of a checkpoint on the held-out tasks of every domain, sampled and greedy.
+"""pass@1 of a checkpoint on the held-out tasks of every domain, sampled and greedy, of a specialist also as rollouts are.
 
 The same tasks and the same seeds for every checkpoint, so that differences are paired.
 Next: ../generation.py, ../report.py.
@@ -21,12 +21,14 @@ FILE = "eval.json"
 
 
 def run(unit: EvaluateUnit, job: Job) -> Result:
-    """Write eval.json: {"sampled": {domain: {"pass@1", "ci95", "n", ...}}, "greedy": ...}."""
+    """Write eval.json: {"sampled": {domain: {"pass@1", "ci95", "n", ...}}, "greedy": ..., "rollouts": ...}."""
     domains = list(open_domains(job.cfg).values())
     settings = job.cfg.evaluation
     modes = {"sampled": (Sampling(), settings.samples_per_task)}
     if settings.greedy:
         modes["greedy"] = (Sampling(temperature=0.0), 1)
+    if unit.as_rollouts:
+        modes["rollouts"] = (generation.sampling(job.cfg.rollouts), settings.samples_per_task)
     job.metrics.expect(len(modes))
     table: dict[str, dict[str, Any]] = {}
     tokens = 0

@@ -5,28 +5,31 @@ Rollouts are on-policy; with updates_per_step > 1 the later updates of a step ar
 Next: ../generation.py, ../learner.py, ../loss.py.
 """
 
+import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain import config, generation, packing, rollout_file
+from posttrain import config, generation, graph, packing, rollout_file
 from posttrain.advantage import advantages, overlong_penalty
 from posttrain.cluster import RemoteLearner
-from posttrain.domains import Domain, open_domains
+from posttrain.domains import Domain, open_domains, passed
 from posttrain.gaps import gap_figures
 from posttrain.job import Job, Result
 from posttrain.learner import Setup
+from posttrain.mixture import TaskOrder
 from posttrain.model.checkpoint import attention_of
 from posttrain.rewards.scorer import score_all
 from posttrain.rollout_file import Row
 from posttrain.rollouts.pool import Pool
 from posttrain.schema import Batch, Group, Sample, Score, Task
+from posttrain.stages import evaluate
 
 _NO_SIGNAL = "filtered: no signal"
 _UNSCORABLE = "failed: unscorable"
@@ -37,7 +40,14 @@ def run(stage: config.Rl, job: Job) -> Result:
     """Train the policy on the stage's domains and write its checkpoint."""
     domains = open_domains(job.cfg, stage.mix)
     setup = _setup(stage, job)
-    order = generation.TaskOrder(domains, stage.mix, seed=job.seed)
+    order = TaskOrder(
+        domains,
+        stage.mix,
+        seed=job.seed,
+        group_size=stage.group_size,
+        specialists=_specialists(stage, job),
+        follow_gap=stage.follow_gap,
+    )
     with (
         job.cluster.learner(setup) as learner,
         job.cluster.pool(generation.pool_setup(setup.checkpoint, job.cfg.rollouts)) as pool,
@@ -58,9 +68,8 @@ def run(stage: config.Rl, job: Job) -> Result:
             log.add(figures)
         job.snapshots.settle()
         saved = learner.call("finish", job.out)
-    return Result(
-        steps=stage.steps, tokens=log.tokens, figures=log.summary() | saved | {"restarts": pool.restarts}
-    )
+    figures = log.summary() | {f"gap/{name}": gap for name, gap in order.gaps().items()}
+    return Result(steps=stage.steps, tokens=log.tokens, figures=figures | saved | {"restarts": pool.restarts})
 
 
 _KEPT = ("reward", "signal", "mean_tokens", "generate_s", "score_s", "train_s", "logprob_gap")
@@ -110,28 +119,39 @@ def _setup(stage: config.Rl, job: Job) -> Setup:
         indexer_loss="sparse" if train_indexer else "none",
         balance_speed=stage.balance_speed,
         lora=stage.lora,
+        mopd=stage.mopd,
+        teachers=tuple(job.source(name) for name in graph.teachers(stage)),
         reference=stage.loss.kl != "none" and any(part.kl_coef > 0 for part in stage.mix.values()),
         seed=job.seed,
     )
+
+
+def _specialists(stage: config.Rl, job: Job) -> dict[str, float]:
+    """pass@1 of each domain's specialist on the held-out tasks, sampled as this stage samples."""
+    found, mode = {}, "sampled" if job.cfg.rollouts.plain else "rollouts"
+    for domain, name in graph.measured_specialists(job.cfg, stage).items():
+        table = json.loads((job.cfg.path / f"{name}.eval" / evaluate.FILE).read_bytes())
+        found[domain] = float(table[mode][domain]["pass@1"])
+    return found
 
 
 def _step(
     stage: config.Rl,
     job: Job,
     step: int,
-    order: generation.TaskOrder,
+    order: TaskOrder,
     learner: RemoteLearner,
     pool: Pool,
 ) -> tuple[dict[str, float], list[str]]:
     """Figures of one step, and the ids of samples whose update was skipped."""
     times = {"generate_s": 0.0, "score_s": 0.0}
-    groups = _groups(stage, job, order.step(stage.tasks_per_step), pool, times)
+    groups = _groups(stage, job, order, order.step(stage.tasks_per_step), pool, times)
     fresh = groups
     for _ in range(stage.refill_rounds):  # DAPO 3.2: each group without a signal makes place for another
         empty = [group[0].task.domain for group in fresh if not _has_signal(group)]
         if not empty:
             break
-        fresh = _groups(stage, job, order.more(empty), pool, times)
+        fresh = _groups(stage, job, order, order.more(empty), pool, times)
         groups = groups + fresh
     rows = [row for group in groups for row in group]
     _check_scores(stage, step, rows)
@@ -145,7 +165,7 @@ def _step(
             end(ids, reason.partition(": ")[2])
     pool.load(step + 1, learner.publish)
     rollout_file.write(job.out / "rollouts" / f"step-{step:05d}.parquet", rows)
-    figures |= _rollout_figures(groups) | times
+    figures |= _rollout_figures(groups) | order.figures() | times
     return figures | {
         "refilled": float(len(groups) - stage.tasks_per_step),
         "train_s": time.monotonic() - began,
@@ -156,6 +176,7 @@ def _step(
 def _groups(
     stage: config.Rl,
     job: Job,
+    order: TaskOrder,
     tasks: Sequence[tuple[Domain, Task, int]],
     pool: Pool,
     times: dict[str, float],
@@ -179,6 +200,12 @@ def _groups(
     generated = time.monotonic()
     scores = score_all([(p.domain.rewards, g.task, g.rollouts) for p, g in zip(plans, groups, strict=True)])
     judged = [_judge(stage, *found) for found in zip(plans, groups, scores, strict=True)]
+    measured = [
+        (plan.domain, replace(group, scores=of_group))
+        for plan, group, of_group in zip(plans, groups, scores, strict=True)
+        if order.measures(plan.domain.name)
+    ]
+    order.observe([(g.task, v) for (_, g), v in zip(measured, passed(measured), strict=True)])
     job.ledger.scored([row.id for rows in judged for row in rows])
     times["generate_s"] += generated - began
     times["score_s"] += time.monotonic() - generated
@@ -200,6 +227,9 @@ def _judge(stage: config.Rl, plan: generation.GroupPlan, group: Group, scores: S
             penalty = overlong_penalty(used, budget=request.max_new_tokens, buffer=buffer)
             judged.append((row, row.score.value + penalty))
     found = advantages([value for _, value in judged], divide_by_std=stage.loss.divide_by_std)
+    mopd = stage.mopd if stage.mix[plan.domain.name].specialist is not None else None
+    if mopd is not None and (found is None or not mopd.rewards):
+        found = [0.0] * len(judged)  # the teacher has something to say on every completion
     for row in rows:
         row.fate = _UNSCORABLE if row.score.value is None else _NO_SIGNAL
     if found is not None:
@@ -288,7 +318,7 @@ def _batches(stage: config.Rl, job: Job, groups: Sequence[list[Row]]) -> list[Ba
 
 def _sample(row: Row, group_size: int, stage: config.Rl, cfg: config.Run) -> Sample:
     assert row.advantage is not None, f"{row.id} takes part without an advantage"
-    part, rollout = stage.mix[row.task.domain], row.rollout
+    part, rollout, teachers = stage.mix[row.task.domain], row.rollout, graph.teachers(stage)
     asked = generation.sampling(cfg.rollouts, stage.keep)
     for wanted, recorded, name in (
         (asked.record_experts, rollout.experts, "routing"),
@@ -312,6 +342,7 @@ def _sample(row: Row, group_size: int, stage: config.Rl, cfg: config.Run) -> Sam
         clip=_clip(stage, part),
         length_budget=part.max_new_tokens or cfg.domain(row.task.domain).max_new_tokens,
         domain=row.task.domain,
+        teacher=teachers.index(part.specialist) if part.specialist in teachers else None,
         kept=rollout.kept,
         experts=rollout.experts,
         sampling_mask=rollout.sampling_mask,

@@ -5,7 +5,7 @@ The loss is on the assistant's tokens; domains take turns. The indexers stay fro
 
 from collections import Counter
 
-from posttrain import config, data, text
+from posttrain import config, data, graph, text
 from posttrain.job import Job, Result
 from posttrain.learner import Setup
 from posttrain.model.checkpoint import load_tokenizer
@@ -21,7 +21,7 @@ def run(stage: config.Sft, job: Job) -> Result:
     rows: list[Sample] = []
     for name in stage.data:
         path = job.source(name)
-        if config.is_path(name):
+        if graph.is_path(name):
             rows += text.chats(path, tokenizer)
         else:
             rows += text.distilled(path / DATA)

@@ -97,10 +97,11 @@ class VllmEngine:
         _need_memory(path, dtype, limits)
         self._engine = LLMEngine.from_engine_args(_arguments(path, dtype, backend, limits, seed))
         self._runner = compat.runner(self._engine)
-        self._model: DsaForVllm | stock.Stock = self._runner.model
+        # Not the wrapper that replays CUDA graphs: what is set on that does not reach the model.
+        self._model: DsaForVllm | stock.Stock = self._runner.get_model()
         if limits.stock:
             self._model = stock.Stock(self._runner, path)
-        self._sampler = self._runner.sampler = SeededSampler(self._runner)
+        self._sampler = self._runner.sampler = SeededSampler(self._runner, self._model.record)
         self._numbers = itertools.count()
         self.num_prefix_hits = 0
         """Tokens that the prefix cache supplied so far."""
@@ -260,14 +261,10 @@ class VllmEngine:
             if settings.record_kept or settings.record_experts:
                 raise ValueError('rollouts.attention = "stock" records neither kept keys nor experts')
             return
-        config, sparse = self._model.config, self._model.attention == "sparse"
-        topk = config.index_topk if settings.record_kept and sparse else 0
-        moe = self._model.inner.moe_layers()
-        experts = (len(moe), config.num_experts_per_tok) if settings.record_experts and moe else (0, 0)
-        if not topk and not experts[0]:
+        shape = self._model.shape(kept=settings.record_kept, experts=settings.record_experts)
+        if not shape.topk and not shape.experts[0]:
             self._model.records = None
             return
-        shape = records.Shape(config.num_hidden_layers, topk, experts)
         if self._model.records is None or self._model.records.shape != shape:
             pool = compat.pool(self._model.caches[0].cache)
             self._model.records = records.Records(shape, pool, max_length=self._model.max_length)

@@ -31,7 +31,7 @@ from posttrain.model.context import PackedContext
 from posttrain.model.paged import NewTokens, PagedCache, PagedContext, paged
 from posttrain.model.weights import Weights, take
 from posttrain.rollouts.vllm import compat
-from posttrain.rollouts.vllm.records import Records
+from posttrain.rollouts.vllm.records import Records, Shape, Stage
 
 
 class DsaForVllm(nn.Module):
@@ -65,6 +65,26 @@ class DsaForVllm(nn.Module):
         layers.update(zip(self.names, self.caches, strict=True))
         self.records: Records | None = None
         """Where kept keys and experts go, while somebody wants them."""
+        rows = max(vllm_config.compilation_config.cudagraph_capture_sizes or [0])
+        self._stage = Stage(self.shape(), rows, torch.device(device)) if rows else None
+        self._in_python = False
+        """Whether the last pass ran forward(), and was no replay of a CUDA graph."""
+
+    def shape(self, *, kept: bool = True, experts: bool = True) -> Shape:
+        """Of the records of one token."""
+        config, moe = self.inner.config, self.inner.moe_layers()
+        return Shape(
+            config.num_hidden_layers,
+            config.index_topk if kept and self.attention == "sparse" else 0,
+            (len(moe), config.num_experts_per_tok) if experts and moe else (0, 0),
+        )
+
+    def record(self, num_rows: int) -> None:
+        """Called after every pass, with its number of sequences: take what a replayed graph has left."""
+        if self.records is not None and not self._in_python:
+            assert self._stage is not None, "a graph was captured without a place for its records"
+            self.records.take(self._stage, num_rows)
+        self._in_python = False
 
     @property
     def config(self) -> Any:
@@ -89,19 +109,24 @@ class DsaForVllm(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [T, D] of the pass's new tokens."""
+        self._in_python = True
         new = compat.metadata(self.names[0])
         if new is None or self.caches[0].kv_cache is None:  # vLLM measures memory
             ends = torch.tensor([0, len(input_ids)], device=input_ids.device)
             packed = PackedContext(attention=self.attention, backend=self.backend, cu_seqlens_S=ends)
             measured: Tensor = self.inner.model(input_ids, packed)
             return measured
-        context = self._context(new, positions)
+        capturing = input_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+        context = self._context(new, positions, record_kept=capturing or self.records is not None)
         hidden_TD: Tensor = self.inner.model(input_ids, context)
-        if self.records is not None:
+        if capturing:
+            assert self._stage is not None, "rows for every captured size"
+            self._stage.write(context)
+        elif self.records is not None:
             self.records.write(context)
         return hidden_TD
 
-    def _context(self, new: "Metadata", positions_T: Tensor) -> PagedContext:
+    def _context(self, new: "Metadata", positions_T: Tensor, *, record_kept: bool) -> PagedContext:
         pools = [compat.pool(layer.cache) for layer in self.caches]
         block_size = pools[0].shape[1]
         return paged(
@@ -118,7 +143,7 @@ class DsaForVllm(nn.Module):
             attention=self.attention,
             backend=self.backend,
             max_length=min(self.max_length, new.table_BM.shape[1] * block_size),
-            record_kept=self.records is not None and self.records.shape.topk > 0,
+            record_kept=record_kept,
         )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

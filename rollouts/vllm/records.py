@@ -31,6 +31,32 @@ class Shape:
     """MoE layers, and experts per token; (0, 0): no experts are wanted."""
 
 
+def _chosen(shape: Shape, context: PagedContext) -> tuple[Tensor | None, Tensor | None]:
+    """Kept keys [T, N, K] and experts [T, N, E] of a pass's new tokens; None where the shape has none."""
+    kept = [context.kept(n, shape.topk) for n in range(shape.num_layers if shape.topk else 0)]
+    experts = [r.experts_TE for _, r in sorted(context.records.items()) if r.experts_TE is not None]
+    wanted = bool(np.prod(shape.experts))
+    return torch.stack(kept, 1) if kept else None, torch.stack(experts, 1) if wanted else None
+
+
+class Stage:
+    """What a decoding step chose, on the device: when a CUDA graph is replayed, nothing of Python runs."""
+
+    def __init__(self, shape: Shape, rows: int, device: torch.device) -> None:
+        self.shape = shape
+        self.slots_T = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.kept_TNK = torch.zeros(rows, shape.num_layers, shape.topk, dtype=torch.int32, device=device)
+        self.experts_TNE = torch.zeros(rows, *shape.experts, dtype=torch.int16, device=device)
+
+    def write(self, context: PagedContext) -> None:
+        """Part of the captured graph."""
+        num_rows = len(context.slots_T)
+        self.slots_T[:num_rows] = context.slots_T
+        for place, found in zip((self.kept_TNK, self.experts_TNE), _chosen(self.shape, context), strict=True):
+            if found is not None:
+                place[:num_rows] = found
+
+
 class Records:
     """Host arrays with a row per token of a pool [P, S, ...]."""
 
@@ -52,13 +78,19 @@ class Records:
 
     def write(self, context: PagedContext) -> None:
         """Note what a pass has chosen."""
-        slots_T = context.slots_T.cpu()
-        if self.shape.topk:
-            kept = [context.kept(n, self.shape.topk) for n in range(self.shape.num_layers)]
-            self._kept_SNK[slots_T] = torch.stack(kept, 1).to("cpu", self._kept_SNK.dtype)
-        if self._experts_SNE.numel():
-            found = [r.experts_TE for _, r in sorted(context.records.items()) if r.experts_TE is not None]
-            self._experts_SNE[slots_T] = torch.stack(found, 1).to("cpu", torch.int16)
+        self._store(context.slots_T, *_chosen(self.shape, context))
+
+    def take(self, stage: Stage, num_rows: int) -> None:
+        """Note what a replayed graph has left of its first rows."""
+        kept_TNK = stage.kept_TNK[:num_rows] if self.shape.topk else None
+        experts_TNE = stage.experts_TNE[:num_rows] if self._experts_SNE.numel() else None
+        self._store(stage.slots_T[:num_rows], kept_TNK, experts_TNE)
+
+    def _store(self, slots_T: Tensor, kept_TNK: Tensor | None, experts_TNE: Tensor | None) -> None:
+        slots_T = slots_T.cpu()
+        for records, found in ((self._kept_SNK, kept_TNK), (self._experts_SNE, experts_TNE)):
+            if found is not None:
+                records[slots_T] = found.to("cpu", records.dtype)
 
     def read(
         self, blocks: list[int], num_tokens: int

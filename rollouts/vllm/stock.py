@@ -51,6 +51,9 @@ class Stock:
         self.backend = f"vLLM's own ({compat.stock_backend(runner)}, {torch.cuda.get_device_name()})"
         self._shapes = _shapes(folder)
 
+    def record(self, num_rows: int) -> None:
+        """Nothing to take after a pass."""
+
     def take(self, weights: Weights) -> None:
         """Copy the learner's weights; ValueError, and nothing changes, if they are not whole."""
         tensors = dict(split_experts(weights.tensors))
