@@ -42,6 +42,8 @@ class Audience:
     generation: int = 0
     """Grows when an engine is replaced."""
     choice: Literal["auto", "memory", "ipc", "broadcast", "disk"] = "auto"
+    sleeping: bool = False
+    """Engines on the ranks' GPUs have given their memory up and want it back now."""
     only: int | None = None
     """The one engine that comes this time, a replaced one; None: all come."""
 
@@ -152,6 +154,8 @@ class Sender:
                 file=self._write(whole) if "disk" in routes else None,
             )
         found = self._fill(like, tensors)
+        if audience.sleeping and self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what training has left in torch's hands
         extra: dict[str, Any] = {}
         if "ipc" in routes:
             extra["handle"] = self._shared()

@@ -74,6 +74,21 @@ def take(model: nn.Module, weights: Weights) -> None:
         )
 
 
+class Asleep:
+    """A model without the memory of what a checkpoint holds, until wake(); its parameters stay the same objects."""
+
+    def __init__(self, model: nn.Module) -> None:
+        held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+        self._shapes = [(tensor, tensor.shape) for tensor in held.values()]
+        for tensor, _ in self._shapes:
+            tensor.data = tensor.data.new_empty(0)
+
+    def wake(self) -> None:
+        """Memory again, with whatever lies there."""
+        for tensor, shape in self._shapes:
+            tensor.data = tensor.data.new_empty(shape)
+
+
 def _on_host(values: Sequence[Tensor]) -> list[Any]:
     """Small tensors of one shape as lists: one wait for the device, not one for each."""
     return torch.stack([value.to(values[0].device) for value in values]).tolist() if values else []

@@ -218,6 +218,7 @@ class RemoteLearner:
             ranks=tuple(self._gpus),
             generation=generation,
             choice=self._cluster.cfg.rollouts.sync,
+            sleeping=self._cluster.cfg.rollouts.sleep,
             only=only,
         )
         audience.routes()  # an impossible choice is an error here, not in every actor

@@ -360,6 +360,8 @@ class Rollouts(Model):
     """Devices of one engine. More than one is refused, with what a device must hold."""
     sync: Literal["auto", "memory", "ipc", "broadcast", "disk"] = "auto"
     """How weights reach the engines (docs/vllm.md); "auto" is memory on the CPU, ipc on a shared GPU, else broadcast."""
+    sleep: bool = False
+    """Engines give up weights and cache while the learner trains, where both are on one device."""
     device_gib: float = Field(0, ge=0)
     """Memory of an engine's device, for check where there is no such device; 0 = what this machine has."""
 

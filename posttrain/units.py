@@ -118,7 +118,7 @@ def depends_on(cfg: Run, unit: Unit) -> dict[str, Any]:
     else:
         parts |= unit.model_dump(mode="json", exclude={"evaluate"})
     if isinstance(unit, Rl | Distill | EvaluateUnit):
-        parts["rollouts"] = cfg.rollouts.model_dump(mode="json", exclude={"sync", "device_gib"})
+        parts["rollouts"] = cfg.rollouts.model_dump(mode="json", exclude={"sync", "sleep", "device_gib"})
     if isinstance(unit, Pretrain | Warmup | Sparse | Rl | Sft):
         parts["learner"] = cfg.learner.model_dump(mode="json")
     parts["domains"] = {d.name: d.model_dump(mode="json") for d in _domains(cfg, unit)}

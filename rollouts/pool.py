@@ -35,6 +35,8 @@ class PoolSetup:
     batched_tokens: int = 2048
     stock: bool = False
     """vLLM's own sparse attention, for sparse checkpoints."""
+    sleep: bool = False
+    """Whether sleep() will be asked for."""
     device: str = "cpu"
     dtype: str = "float32"
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -119,6 +121,14 @@ class Pool:
                         on_failure(parts[i], f"rollout actor {i}", type(error).__name__)
                     self._replace(i)
         return [rollout for i in range(len(parts)) for rollout in done[i]]
+
+    def sleep(self) -> None:
+        """Make all actors give up their weights and caches; load() wakes them."""
+        for i, actor in enumerate(self._actors):
+            try:
+                self._get(actor.sleep.remote(), f"rollout actor {i} (sleep)")
+            except ray.exceptions.RayActorError:
+                continue  # nothing of it is left; load() replaces it
 
     def pids(self) -> list[int]:
         """Process ids of the actors."""
@@ -226,6 +236,9 @@ class _RolloutActor:
     def load(self, version: int, *offers: Any) -> None:
         self._engine.load(version, self._receiver.accept(offers))
 
+    def sleep(self) -> None:
+        self._engine.sleep()
+
     def generate(self, requests: Sequence[Request], settings: Sampling) -> list[Rollout]:
         rollouts: list[Rollout] = self._engine.generate(requests, settings, max_rows=self._max_rows)
         return rollouts
@@ -247,6 +260,7 @@ def _vllm_engine(setup: PoolSetup) -> Any:
         cache_bytes=setup.cache_bytes,
         eager=setup.device == "cpu" or setup.attention == "dense",
         stock=setup.stock,
+        sleep=setup.sleep,
     )
     tokenizer = checkpoint.load_tokenizer(setup.checkpoint)
     return VllmEngine(setup.checkpoint, tokenizer, dtype=setup.dtype, backend=setup.backend, limits=limits)

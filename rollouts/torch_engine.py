@@ -22,7 +22,7 @@ from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
-from posttrain.model.weights import Weights, take
+from posttrain.model.weights import Asleep, Weights, take
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.dialogue import Dialogue, end_turns
 from posttrain.rollouts.environment import Failed
@@ -61,6 +61,9 @@ class TorchEngine:
         self.eos_token_id = tokenizer.eos_token_id  # transformers looks it up anew every time
         self.attention: AttentionMode = attention
         self.version = 0
+        self._asleep: Asleep | None = None
+        self._unfit = False
+        """Awake, and the weights were refused."""
         self.device = next(model.parameters()).device
         self.decoder = Decoder(self.model, attention)
 
@@ -81,8 +84,17 @@ class TorchEngine:
 
     def load(self, version: int, weights: Weights) -> None:
         """Take the learner's weights of that version; ValueError, and nothing changes, if they are not whole."""
+        if self._asleep is not None:
+            self._asleep.wake()
+            self._asleep, self._unfit = None, True
         take(self.model, weights)
-        self.version = version
+        self._unfit, self.version = False, version
+
+    def sleep(self) -> None:
+        """Give up the memory of the weights until the next load."""
+        if self._asleep is None:
+            self.decoder = Decoder(self.model, self.attention)  # the old one has copies
+            self._asleep = Asleep(self.model)
 
     def close(self) -> None:
         """The memory goes with the object."""
@@ -92,6 +104,10 @@ class TorchEngine:
         self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256
     ) -> list[Rollout]:
         """One rollout per request, in order. Requests of one task should stand together: they share a prefill."""
+        if self._asleep is not None or self._unfit:
+            raise RuntimeError(
+                "the engine has no weights to serve: it gave them up to sleep; load them again"
+            )
         self.decoder.refresh()
         tasks = {r.task.id: r.task for r in requests}
         prompts = {id: chat.encode_prompt(self.tokenizer, task) for id, task in tasks.items()}

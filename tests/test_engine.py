@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from posttrain.model.weights import pack
+from posttrain.model.weights import Weights, pack
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
@@ -249,3 +249,26 @@ def test_uniform_numbers_are_uniform_and_differ_between_neighbours() -> None:
     assert len(np.unique(numbers)) > 9_990
     grid = numbers.reshape(50, 200)
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
+
+
+def test_an_engine_that_sleeps_has_no_weights_until_they_are_loaded() -> None:
+    model = tiny.model(topk=7, seed=1)
+    engine = TorchEngine(model, TOKENIZER)
+    requests = [
+        Request(task=t, index=0, seed=i, max_new_tokens=8) for i, t in enumerate(sorting.tasks(seed=0, n=3))
+    ]
+    engine.generate(requests, Sampling())
+    engine.sleep()
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == 0
+    with pytest.raises(RuntimeError, match="gave them up to sleep"):
+        engine.generate(requests, Sampling())
+    other = tiny.model(topk=7, seed=2)
+    whole = pack(other.state_dict())
+    with pytest.raises(ValueError, match="names differ"):
+        engine.load(1, Weights(dict(list(whole.tensors.items())[1:]), whole.checksum))
+    with pytest.raises(RuntimeError, match="no weights to serve"):
+        engine.generate(requests, Sampling())
+    engine.load(2, whole)
+    wanted = TorchEngine(other, TOKENIZER).generate(requests, Sampling())
+    for a, b in zip(engine.generate(requests, Sampling()), wanted, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()

@@ -56,6 +56,8 @@ def test_actors_and_their_replacements_get_the_learners_weights(
             found = pool.generate(requests, Sampling())
             assert [r.tokens.tolist() for r in found] == [r.tokens.tolist() for r in wanted]
             assert {r.policy_version for r in found} == {version}
+            pool.sleep()
+        pool.load(2, learner.publish)
         os.kill(pool.pids()[1], signal.SIGKILL)
         found = pool.generate(requests, Sampling())
         assert pool.restarts == 1 and {r.policy_version for r in found} == {2}

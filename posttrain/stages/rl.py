@@ -153,6 +153,8 @@ def _step(
             break
         fresh = _groups(stage, job, order, order.more(empty), pool, times)
         groups = groups + fresh
+    if job.cfg.rollouts.sleep:
+        pool.sleep()
     rows = [row for group in groups for row in group]
     _check_scores(stage, step, rows)
     began = time.monotonic()

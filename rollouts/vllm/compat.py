@@ -1,5 +1,6 @@
 """All that differs between vLLM 0.26 (torch 2.11) and 0.32 (torch 2.13), and all that is reached into. Next: model.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+from posttrain.model.weights import Asleep
 
 PARAMS = "posttrain"
 """The key of our settings in SamplingParams.extra_args."""
@@ -48,9 +51,43 @@ def close(engine: Any) -> None:
     (client.shutdown if finalizer is None else finalizer)()
 
 
+def on_gpu() -> bool:
+    """Whether vLLM runs on a CUDA device here."""
+    return bool(current_platform.is_cuda())
+
+
+def sleep(engine: Any) -> Callable[[], None]:
+    """Give up the memory of weights and cache, whose values are lost, between requests.
+
+    What is returned brings it back: an empty cache, and weights that are whatever lies there.
+    """
+    caches = runner(engine).kv_caches
+    if on_gpu():
+        engine.sleep(level=2)  # its allocator keeps the addresses, which CUDA graphs know
+        wake = engine.wake_up
+    else:
+        storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}
+        sizes = [(storage, storage.nbytes()) for storage in storages.values()]
+        asleep = Asleep(runner(engine).get_model().inner)
+        for storage, _ in sizes:
+            storage.resize_(0)
+
+        def wake() -> None:
+            asleep.wake()
+            for storage, size in sizes:
+                storage.resize_(size)
+
+    def wake_empty() -> None:
+        wake()
+        for cache in caches:
+            cache.zero_()  # PagedCache: finite everywhere
+
+    return wake_empty
+
+
 def free_bytes() -> int | None:
     """Memory that is free on the GPU; None where vLLM runs on the CPU."""
-    return torch.cuda.mem_get_info()[0] if current_platform.is_cuda() else None
+    return torch.cuda.mem_get_info()[0] if on_gpu() else None
 
 
 def stock_obstacles() -> list[str]:

@@ -9,7 +9,7 @@ Shape letters: L tokens of a sequence.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Limits:
     prefix_cache: bool = True
     eager: bool = True
     """No CUDA graphs."""
+    sleep: bool = False
+    """Whether sleep() will be asked for: on a GPU, memory that can be given up is allocated otherwise."""
     stock: bool = False
     """vLLM's own model and sparse attention."""
 
@@ -92,6 +94,8 @@ class VllmEngine:
         self.eos_token_id = tokenizer.eos_token_id
         self._unfit: str | None = None
         """Why the weights here are nobody's: nothing is generated until a load succeeds."""
+        self._asleep: Callable[[], None] | None = None
+        """Wakes."""
         if limits.stock:
             stock.need(path, dtype)
         _need_memory(path, dtype, limits)
@@ -124,6 +128,9 @@ class VllmEngine:
 
     def load(self, version: int, weights: Weights) -> None:
         """Take the learner's weights of that version; ValueError, and nothing changes, if they are not whole."""
+        if self._asleep is not None:
+            self._asleep()
+            self._asleep = None
         try:
             self._model.take(weights)
         except ValueError:
@@ -136,6 +143,12 @@ class VllmEngine:
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM kept cache entries of the old weights")
         self.version = version
+
+    def sleep(self) -> None:
+        """Give the memory of weights and cache up until the next load; between generations, nothing is lost by it."""
+        if self._asleep is None:
+            self._asleep = compat.sleep(self._engine)
+            self._unfit = "it gave them up to sleep"
 
     def close(self) -> None:
         """Free what vLLM holds; the engine is of no use afterwards. There is one engine at a time in a process."""
@@ -301,6 +314,7 @@ def _arguments(path: Path, dtype: str, backend: str, limits: Limits, seed: int) 
         enforce_eager=limits.eager,
         compilation_config={} if limits.eager else GRAPHS,
         disable_log_stats=True,
+        enable_sleep_mode=limits.sleep and compat.on_gpu(),
         **model,
     )
 
