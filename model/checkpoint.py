@@ -62,6 +62,11 @@ def index_topk(path: Path | str) -> int:
     return int(_config(path).index_topk)
 
 
+def max_length(path: Path | str) -> int:
+    """Tokens of the longest sequence that a checkpoint's model has positions for."""
+    return int(_config(path).max_position_embeddings)
+
+
 def load_dense(
     path: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> DeepseekV32ForCausalLM:

@@ -86,6 +86,7 @@ class Cluster:
         cluster = self.cfg.cluster
         setup = replace(setup, device=self.device, dtype=cluster.dtype, threads=self.threads)
         setup = replace(setup, backend=cluster.backend, sync_timeout_s=cluster.step_timeout_s / 2)
+        setup = replace(setup, deterministic=cluster.deterministic)
         self._pool.start(setup)
         self._note("rollouts", self._pool.backend)
         return self._pool
@@ -149,7 +150,8 @@ class Cluster:
         for name, value in process.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if self.cfg.rollouts.engine == "vllm":
-            os.environ.update(launch.ENVIRONMENT)
+            invariant = self.cfg.cluster.deterministic and self.device != "cpu"
+            os.environ.update(launch.environment(invariant=invariant))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray gives its workers the lowest priority but four; our actors are the work, not a guest of it.

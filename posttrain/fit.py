@@ -61,6 +61,8 @@ def _stock_is_possible(cfg: Run) -> None:
         obstacles.append(f'rollouts.engine = "{cfg.rollouts.engine}", not "vllm"')
     if cfg.cluster.device == "cpu":
         obstacles.append('cluster.device = "cpu": it needs a GPU')
+    if cfg.cluster.deterministic:
+        obstacles.append("cluster.deterministic = true: its kernels depend on the batch")
     for stage in cfg.stages:
         if isinstance(stage, Rl):
             for name in ("topk", "routing"):

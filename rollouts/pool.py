@@ -37,6 +37,8 @@ class PoolSetup:
     """vLLM's own sparse attention, for sparse checkpoints."""
     sleep: bool = False
     """Whether sleep() will be asked for."""
+    deterministic: bool = False
+    """In vLLM: a request's bits do not depend on its batch."""
     device: str = "cpu"
     dtype: str = "float32"
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -251,7 +253,7 @@ def _vllm_engine(setup: PoolSetup) -> Any:
     from posttrain.model import checkpoint
     from posttrain.rollouts.vllm import launch
 
-    launch.prepare()
+    launch.prepare(invariant=setup.deterministic and setup.device != "cpu")
     from posttrain.rollouts.vllm.engine import Limits, VllmEngine  # imports vLLM, an extra
 
     limits = Limits(
@@ -261,6 +263,7 @@ def _vllm_engine(setup: PoolSetup) -> Any:
         eager=setup.device == "cpu" or setup.attention == "dense",
         stock=setup.stock,
         sleep=setup.sleep,
+        deterministic=setup.deterministic,
     )
     tokenizer = checkpoint.load_tokenizer(setup.checkpoint)
     return VllmEngine(setup.checkpoint, tokenizer, dtype=setup.dtype, backend=setup.backend, limits=limits)

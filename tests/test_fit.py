@@ -101,6 +101,7 @@ def test_more_than_one_device_per_engine_is_refused_with_the_arithmetic(tmp_path
         ({"num_attention_heads": 192}, [], "", "num_attention_heads = 192, not at most 128"),
         ({}, ["cluster.dtype=float32"], "", "cluster.dtype = float32, not bfloat16"),
         ({}, ["cluster.device=cpu"], "", "it needs a GPU"),
+        ({}, ["cluster.deterministic=true"], "", "its kernels depend on the batch"),
         ({}, ["rollouts.engine=torch"], "", 'rollouts.engine = "torch", not "vllm"'),
         ({}, [], "keep.topk = true", "stage 'rl' has keep.topk = true"),
         ({}, [], "keep.routing = true", "stage 'rl' has keep.routing = true"),

@@ -10,7 +10,7 @@ Shape letters: L tokens of a sequence.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from posttrain.model import checkpoint
 from posttrain.model.weights import Weights
 from posttrain.rollouts import chat
 from posttrain.rollouts.dialogue import Dialogue, end_turns
@@ -49,6 +50,9 @@ class Limits:
     prefix_cache: bool = True
     eager: bool = True
     """No CUDA graphs."""
+    deterministic: bool = False
+    """A request's bits do not depend on its batch: prompts are computed whole and without the prefix cache, since a token
+    that follows cached ones goes through other kernels, and products in tiles of one size. Not when preempted."""
     sleep: bool = False
     """Whether sleep() will be asked for: on a GPU, memory that can be given up is allocated otherwise."""
     stock: bool = False
@@ -90,15 +94,18 @@ class VllmEngine:
         limits: Limits = Limits(),
         seed: int = 0,
     ) -> None:
-        self.tokenizer, self.limits, self.version = tokenizer, limits, 0
+        self.tokenizer, self.version = tokenizer, 0
         self.eos_token_id = tokenizer.eos_token_id
         self._unfit: str | None = None
         """Why the weights here are nobody's: nothing is generated until a load succeeds."""
+        if limits.deterministic:
+            limits = _whole_prompts(path, limits)
         self._asleep: Callable[[], None] | None = None
         """Wakes."""
         if limits.stock:
             stock.need(path, dtype)
         _need_memory(path, dtype, limits)
+        self.limits = limits
         self._engine = LLMEngine.from_engine_args(_arguments(path, dtype, backend, limits, seed))
         self._runner = compat.runner(self._engine)
         # Not the wrapper that replays CUDA graphs: what is set on that does not reach the model.
@@ -298,7 +305,10 @@ def _arguments(path: Path, dtype: str, backend: str, limits: Limits, seed: int) 
     else:
         # The class: a name would be looked at in a process of its own, which takes 8 s.
         ModelRegistry.register_model(plugin.ARCHITECTURE, DsaForVllm)
-        model = {"hf_overrides": plugin.OVERRIDES, "additional_config": {"backend": backend}}
+        model = {
+            "hf_overrides": plugin.OVERRIDES,
+            "additional_config": {"backend": backend, "deterministic": limits.deterministic},
+        }
     return EngineArgs(
         model=str(path),
         skip_tokenizer_init=True,
@@ -309,7 +319,7 @@ def _arguments(path: Path, dtype: str, backend: str, limits: Limits, seed: int) 
         block_size=stock.BLOCK_SIZE if limits.stock else limits.block_size,
         kv_cache_memory_bytes=limits.cache_bytes,
         enable_prefix_caching=limits.prefix_cache,
-        enable_chunked_prefill=True,
+        enable_chunked_prefill=not limits.deterministic,
         async_scheduling=False,
         enforce_eager=limits.eager,
         compilation_config={} if limits.eager else GRAPHS,
@@ -317,6 +327,13 @@ def _arguments(path: Path, dtype: str, backend: str, limits: Limits, seed: int) 
         enable_sleep_mode=limits.sleep and compat.on_gpu(),
         **model,
     )
+
+
+def _whole_prompts(path: Path, limits: Limits) -> Limits:
+    """Limits under which no prompt is cut and none is found in the cache."""
+    longest = int(checkpoint.max_length(path))
+    most = max(longest, limits.max_batched_tokens)
+    return replace(limits, prefix_cache=False, max_batched_tokens=most)
 
 
 def _need_memory(path: Path, dtype: str, limits: Limits) -> None:

@@ -153,3 +153,24 @@ def test_a_dense_checkpoint_is_served_densely(tmp_path: Path, open_engine: OpenE
     for a, b in zip(engine.generate(_requests(6), Sampling()), wanted, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+def test_a_deterministic_request_has_the_same_bits_in_every_batch(
+    folder: Path, learner: DeepseekV32ForCausalLM, open_engine: OpenEngine
+) -> None:
+    """The same prompt 1, 8, 64 and 65 times, and once among others of other lengths."""
+    engine = open_engine(folder, Limits(max_rows=128, cache_bytes=32 << 20, deterministic=True))
+    task = next(iter(sorting.tasks(seed=5, n=1)))
+    settings = Sampling(ignore_eos=True, record_kept=True)
+    (alone,) = engine.generate([Request(task=task, index=0, seed=7, max_new_tokens=20)], settings)
+    for num in (8, 64, 65):
+        same = [Request(task=task, index=i, seed=7, max_new_tokens=20) for i in range(num)]
+        for found in engine.generate(same, settings):
+            assert found.tokens.tolist() == alone.tokens.tolist()
+            assert found.logprobs.tobytes() == alone.logprobs.tobytes()
+    mixed = [*_requests(9, new=31), Request(task=task, index=0, seed=7, max_new_tokens=20), *_requests(5)]
+    found = engine.generate(mixed, settings)[9]
+    assert found.tokens.tolist() == alone.tokens.tolist()
+    assert found.logprobs.tobytes() == alone.logprobs.tobytes()
+    assert engine.num_prefix_hits == engine.num_preempted == 0
+    assert _gaps(learner, [alone]).max() <= LARGEST
