@@ -144,6 +144,28 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tenso
     return torch.randn(*shape, generator=make, device=DEVICE, dtype=dtype)
 
 
+class Gate:
+    """Checks before the times. One that fails is printed and ends the script in an error, but after the times: a GPU is rare."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.figures: dict[str, float] = {}
+        self.failed: list[str] = []
+
+    def at_most(self, what: str, value: float, limit: float) -> None:
+        """NaN fails too."""
+        self.figures[what] = value
+        if not value <= limit:
+            self.failed.append(f"{what} {value:.2e}, at most {limit:.2e}")
+
+    def report(self) -> dict[str, Any]:
+        """Print and hand over."""
+        print(f"{self.name}:", {what: f"{value:.1e}" for what, value in self.figures.items()}, flush=True)
+        for text in self.failed:
+            print(f"{self.name} FAILED: {text}", flush=True)
+        return {"figures": self.figures, "failed": self.failed}
+
+
 class Table:
     """Times of one case; prints each as it comes."""
 

@@ -23,7 +23,11 @@ def missing() -> dict[str, str]:
     for name in ("vllm.third_party.flashmla.flash_mla_interface", "cudnn", "deep_gemm"):
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+        ) as error:  # an extension may want a driver that is not there
             found[name] = str(error)
     return found
 

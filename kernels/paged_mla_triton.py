@@ -1,7 +1,8 @@
 """Sparse MQA-absorbed attention of new tokens over kept entries of a paged cache, in Triton: a decoding step.
 
 The kept entries of a row are cut into parts of a fixed size, so that one sequence can keep a whole GPU busy; a
-second kernel puts the parts together in ascending order. The size is an argument, never a matter of the batch:
+second kernel puts the parts together in ascending order. On Hopper the parts are the Gluon kernel's of
+sparse_mla_gluon.py, for which positions become rows of the pool first. The size is an argument, never a matter of the batch:
 a row's bits do not depend on what is decoded beside it. Nothing is read on the host, so a step can be captured
 in a CUDA graph. Entries that are not kept, unused blocks and unused table entries are never read. Definition:
 reference.paged with reference.sparse_mla. Next: sparse_mla_triton.py, ../model/decode.py.
@@ -15,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels import sparse_mla_gluon
 from posttrain.kernels.paged_index_topk_triton import page
 from posttrain.kernels.pages import Pages
 from posttrain.kernels.product_triton import block, dot, interpreted
-from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles
+from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, fits_gluon
 
 PART = 512
 """Kept entries of a part."""
@@ -79,6 +81,21 @@ def _part_kernel(
 
 
 @triton.jit
+def _slots_kernel(
+    table_ptr, kept_ptr, slots_ptr, num_slots, block_size, stride_table,
+    Q: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of the pool of a new token's kept positions, -1 where there is none."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(kept_ptr + row * K + at, mask=at < K, other=-1)
+    valid = (position >= 0) & (position < num_slots)
+    which = tl.load(table_ptr + row // Q * stride_table + position // block_size, mask=valid, other=0)
+    slot = tl.where(valid, which * block_size + position % block_size, -1)
+    tl.store(slots_ptr + row * PLACES + at, slot, mask=at < PLACES)
+
+
+@triton.jit
 def _combine_kernel(
     acc_ptr, m_ptr, total_ptr, o_ptr, lse_ptr,
     H: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr,
@@ -128,6 +145,7 @@ def attend(
         )
     if kept_BQK.dtype != torch.int32:
         raise ValueError(f"kept is {kept_BQK.dtype}, not int32")
+    by_gluon = tiles is None and _fits_gluon(q_BQHE, pages, value_size)
     if tiles is None:
         tiles = FEW_HEADS if FEW_HEADS.heads >= H else MANY
     if part < tiles.keys or part & (part - 1):
@@ -137,14 +155,37 @@ def attend(
     m_NCH, total_NCH = (q_BQHE.new_empty(N, parts, H, dtype=torch.float32) for _ in range(2))
     o_BQHR = q_BQHE.new_empty(B, Q, H, R)
     lse_BQH = q_BQHE.new_empty(B, Q, H, dtype=torch.float32)
-    if N:
+    if not N:
+        return o_BQHR, lse_BQH
+    q_BQHE, kept_BQK = q_BQHE.contiguous(), kept_BQK.contiguous()
+    if by_gluon:
+        slots_NK = kept_BQK.new_empty(N, parts * part)
+        _slots_kernel[(N, triton.cdiv(parts * part, 1024))](
+            table_BM, kept_BQK, slots_NK, pages.room, pages.block_size, table_BM.stride(0),
+            Q=Q, K=K, PLACES=parts * part, BLOCK=1024,
+        )  # fmt: skip
+        gluon = sparse_mla_gluon
+        gluon.part_kernel[(N, parts, H // gluon.TILE)](
+            q_BQHE, pool_PSE, slots_NK, acc_NCHR, m_NCH, total_NCH, scale, len(pool_PSE) * pages.block_size,
+            pool_PSE.stride(1), H=H, R=R, P=E - R, PART=part, PARTS=parts, KB=max(part, 32 * gluon.WARPS),
+            BH=gluon.TILE, BK=gluon.TILE, num_warps=gluon.WARPS,
+        )  # fmt: skip
+    else:
         _part_kernel[(N, parts, triton.cdiv(H, BH))](
-            q_BQHE.contiguous(), pool_PSE, table_BM, kept_BQK.contiguous(), acc_NCHR, m_NCH, total_NCH, scale,
+            q_BQHE, pool_PSE, table_BM, kept_BQK, acc_NCHR, m_NCH, total_NCH, scale,
             pages.room, pages.block_size, table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
             Q=Q, H=H, R=R, P=E - R, K=K, BH=BH, BR=block(R), BP=block(E - R), BK=tiles.keys,
             PART=part, PARTS=parts, INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
-        _combine_kernel[(N, H)](
-            acc_NCHR, m_NCH, total_NCH, o_BQHR, lse_BQH, H=H, R=R, BR=block(R), PARTS=parts, num_warps=2
-        )
+    _combine_kernel[(N, H)](
+        acc_NCHR, m_NCH, total_NCH, o_BQHR, lse_BQH, H=H, R=R, BR=block(R), PARTS=parts, num_warps=2
+    )
     return o_BQHR, lse_BQH
+
+
+def _fits_gluon(q_BQHE: Tensor, pages: Pages, value_size: int) -> bool:
+    """Whether the pool is a table of rows that the Gluon kernel can copy 16 bytes at a time."""
+    pool_PSE = pages.entries_PSE
+    is_table = pool_PSE.stride(0) == pages.block_size * pool_PSE.stride(1)
+    aligned = pool_PSE.stride(1) % 8 == 0 and pool_PSE.data_ptr() % 16 == 0
+    return is_table and aligned and fits_gluon(q_BQHE.flatten(0, 1), value_size, q_BQHE.shape[3] - value_size)

@@ -46,20 +46,19 @@ def row_slots(slots_row, start, num_slots, missing, K: gl.constexpr, BK: gl.cons
 
 
 @gluon.jit
-def _copy(kv_ptr, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.constexpr, P: gl.constexpr):
+def _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.constexpr, P: gl.constexpr):
     """Start the copy of a tile of rows of a table; the same rows [BK] for both parts, in their layouts."""
-    E: gl.constexpr = R + P
     r = gl.arange(0, R, layout=gl.SliceLayout(0, row_layout(R, 8, gl.num_warps())))
     p = gl.arange(0, P, layout=gl.SliceLayout(0, row_layout(P, 8, gl.num_warps())))
-    latent = kv_ptr + rows_wide.to(gl.int64)[:, None] * E + r[None, :]
-    rotary = kv_ptr + rows_narrow.to(gl.int64)[:, None] * E + R + p[None, :]
+    latent = kv_ptr + rows_wide.to(gl.int64)[:, None] * stride + r[None, :]
+    rotary = kv_ptr + rows_narrow.to(gl.int64)[:, None] * stride + R + p[None, :]
     async_copy.async_copy_global_to_shared(k_smem, latent)
     async_copy.async_copy_global_to_shared(k_rot_smem, rotary)
 
 
 @gluon.jit
 def _producer(
-    kv_ptr, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty,
+    kv_ptr, stride, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty,
     R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
     """Copy one tile after another into the buffers that are handed back."""
@@ -70,7 +69,7 @@ def _producer(
         slots_wide = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, wide)
         slots_narrow = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, narrow)
         mbarrier.wait(empty.index(buffer), (tile // 2 + 1) % 2)
-        _copy(kv_ptr, slots_wide, slots_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
+        _copy(kv_ptr, stride, slots_wide, slots_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
         async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
 
 
@@ -137,19 +136,16 @@ def _finish(
 
 
 @gluon.jit
-def forward_kernel(
-    q_ptr, kv_ptr, slots_ptr, o_ptr, lse_ptr, scale, num_slots,
-    H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, KB: gl.constexpr,
-    BH: gl.constexpr, BK: gl.constexpr,
+def _attend(
+    q_row, kv_ptr, stride, slots_row, scale, num_slots, head,
+    R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """One query, BH heads."""
+    """BH heads of a query, from q_row + head E on, over a row of K kept entries: what _consumer returns."""
     E: gl.constexpr = R + P
-    G: gl.constexpr = H // BH
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
     line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
     smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    dtype: gl.constexpr = q_row.dtype.element_ty
     q_smem = gl.allocate_shared_memory(dtype, [BH, R], smem)
     q_rot_smem = gl.allocate_shared_memory(dtype, [BH, P], smem)
     k_smem = gl.allocate_shared_memory(dtype, [2, BK, R], smem)
@@ -160,9 +156,6 @@ def forward_kernel(
     for buffer in gl.static_range(2):
         mbarrier.init(full.index(buffer), count=32 * PRODUCER_WARPS)
         mbarrier.init(empty.index(buffer), count=1)
-    row = (gl.program_id(0) // G).to(gl.int64)
-    head = gl.program_id(0) % G * BH
-    slots_row = slots_ptr + row * K
 
     # Which entries there are: the last valid place ends the loop, any valid slot stands in for missing ones.
     places = gl.arange(0, KB, layout=line)
@@ -173,7 +166,7 @@ def forward_kernel(
     # The queries of the heads are rows of a table with E columns, like entries.
     heads_wide = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(R, 8, gl.num_warps())))
     heads_narrow = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(P, 8, gl.num_warps())))
-    _copy(q_ptr + row * (H * E), heads_wide, heads_narrow, q_smem, q_rot_smem, R, P)
+    _copy(q_row, E, heads_wide, heads_narrow, q_smem, q_rot_smem, R, P)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
@@ -187,10 +180,55 @@ def forward_kernel(
             ),
             (
                 _producer,
-                (kv_ptr, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty, R, P, K, BK),
+                (kv_ptr, stride, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty, R, P, K, BK),
             ),
         ],
         [PRODUCER_WARPS],
         [40],
     )  # fmt: skip
+    return acc, total, m
+
+
+@gluon.jit
+def forward_kernel(
+    q_ptr, kv_ptr, slots_ptr, o_ptr, lse_ptr, scale, num_slots,
+    H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, KB: gl.constexpr,
+    BH: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """One query, BH heads."""
+    E: gl.constexpr = R + P
+    G: gl.constexpr = H // BH
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
+    row = (gl.program_id(0) // G).to(gl.int64)
+    head = gl.program_id(0) % G * BH
+    acc, total, m = _attend(
+        q_ptr + row * (H * E), kv_ptr, E, slots_ptr + row * K, scale, num_slots, head, R, P, K, KB, BH, BK,
+        s_layout, o_layout,
+    )  # fmt: skip
     _finish(acc, total, m, o_ptr + (row * H + head) * R, lse_ptr + row * H + head, R, BH, s_layout, o_layout)
+
+
+@gluon.jit
+def part_kernel(
+    q_ptr, kv_ptr, slots_ptr, acc_ptr, m_ptr, total_ptr, scale, num_slots, stride,
+    H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr,
+    KB: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """One query, BH heads, PART of its PART x PARTS kept entries, which are rows `stride` apart; left unnormalised."""
+    E: gl.constexpr = R + P
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
+    row = gl.program_id(0).to(gl.int64) * PARTS + gl.program_id(1)
+    head = gl.program_id(2) * BH
+    acc, total, m = _attend(
+        q_ptr + gl.program_id(0).to(gl.int64) * (H * E), kv_ptr, stride, slots_ptr + row * PART, scale, num_slots,
+        head, R, P, PART, KB, BH, BK, s_layout, o_layout,
+    )  # fmt: skip
+    h = row * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
+    gl.store(m_ptr + h, m)
+    gl.store(total_ptr + h, gl.sum(total, 1))
+    wide: gl.constexpr = row_layout(R, 4, gl.num_warps())
+    h = row * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, wide))
+    r = gl.arange(0, R, layout=gl.SliceLayout(0, wide))
+    gl.store(acc_ptr + h[:, None] * R + r[None, :], gl.convert_layout(acc, wide))

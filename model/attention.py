@@ -76,13 +76,15 @@ class DsaAttention(hf.DeepseekV32Attention):
             rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ * self.indexer.head_dim**-0.5, kept_TK)
         if context.diagnose or ((sparse or warmup) and not by_triton):
             scores_BQL = self._index_scores(q_index_TJI, k_index_TI, w_TJ, context)
-            absorbed_THE = torch.cat((self._absorb(q_nope_THN), q_rot_THP), dim=-1)
+            absorbed_THE = self._latent_queries(q_nope_THN, q_rot_THP)
             if warmup or context.diagnose:
                 self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
         elif warmup:
             entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
             keys_SI = context.slotted(self.layer_idx, "index", k_index_TI)
-            self._warmup_by_triton(rows, entries_SE, keys_SI, context)
+            ranges = context.plan(0).ranges
+            assert ranges is not None, "no rows"
+            self._dense_kl_by_triton(rows, entries_SE, keys_SI, ranges, context)
         if not sparse:
             return self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
         if by_triton:
@@ -101,9 +103,17 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         return weight_HR[:, : self.qk_nope_head_dim], weight_HR[:, self.qk_nope_head_dim :]
 
-    def _absorb(self, q_nope_THN: Tensor) -> Tensor:
-        """q^A = W_UK^T q^C: [T, H, N] -> [T, H, R]."""
-        return torch.bmm(q_nope_THN.transpose(0, 1), self.up_projections()[0]).transpose(0, 1)
+    def _latent_queries(self, q_nope_THN: Tensor, q_rot_THP: Tensor) -> Tensor:
+        """[absorbed | rotary] queries [T, H, E]: q^A = W_UK^T q^C (V3.2-Exp Eq. 2)."""
+        q_nope_HTN, up_HNR = q_nope_THN.transpose(0, 1), self.up_projections()[0]
+        if torch.is_grad_enabled():
+            return torch.cat((torch.bmm(q_nope_HTN, up_HNR).transpose(0, 1), q_rot_THP), dim=-1)
+        # Each part goes straight to its place: of a long prompt this is the largest array there is.
+        q_THE = q_rot_THP.new_empty(*q_rot_THP.shape[:2], self.kv_lora_rank + self.qk_rope_head_dim)
+        absorbed_THR, rot_THP = q_THE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        torch.bmm(q_nope_HTN, up_HNR, out=absorbed_THR.transpose(0, 1))
+        rot_THP.copy_(q_rot_THP)
+        return q_THE
 
     def _sparse(self, q_THE: Tensor, entries_TE: Tensor, scores_BQL: Tensor, context: Context) -> Tensor:
         with torch.no_grad():
@@ -122,21 +132,24 @@ class DsaAttention(hf.DeepseekV32Attention):
         record.kept_BQK = kept_BQK
         if context.indexer_loss == "sparse":
             kept_scores_TK = context.flat(scores_BQL.gather(-1, kept_BQK.clamp(min=0)))
-            record.kl = reference.indexer_kl(p_TK, kept_scores_TK, context.flat(kept_BQK >= 0)).sum()
-            record.kl_value = record.kl.detach()
+            kl = reference.indexer_kl(p_TK, kept_scores_TK, context.flat(kept_BQK >= 0)).sum()
+            record.add_kl(kl, kl.detach())
         return self._values(o_THR)
 
     def _values(self, o_THR: Tensor) -> Tensor:
         """o = W_UV o^A: [T, H, R] -> [T, H, V]."""
         return torch.bmm(o_THR.transpose(0, 1), self.up_projections()[1].transpose(1, 2)).transpose(0, 1)
 
-    def _warmup_by_triton(self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, context: Context) -> None:
-        """Warm-up loss over all causal keys (Eq. 3) without a grid; the attention, which gives p, is multi-head."""
+    def _dense_kl_by_triton(
+        self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, ranges: "Ranges", context: Context
+    ) -> None:
+        """The indexer's loss of queries that keep all their keys (Eq. 3, and Eq. 4 where there are no more than top-k).
+
+        Without a grid; the attention, which gives p, is multi-head.
+        """
         from posttrain.kernels import dsa, warmup_kl_triton  # triton exists on Linux only
         from posttrain.kernels.dense_probs_triton import attention_lse
 
-        ranges = context.plan(0).ranges
-        assert ranges is not None, "no rows"
         with torch.no_grad():
             latent_SR, k_rot_SP = entries_SE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             kv_SH = self.kv_b_proj(latent_SR).unflatten(-1, (self.num_heads, -1))
@@ -144,10 +157,8 @@ class DsaAttention(hf.DeepseekV32Attention):
             keys = (kv_SH[..., : self.qk_nope_head_dim], k_rot_SP.contiguous())
             lse_TH = attention_lse(q_THE, *keys, ranges, self.scaling)
         attention = warmup_kl_triton.Attention(q_THE, *keys, lse_TH, self.scaling)
-        record = context.record(self.layer_idx)
-        index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
-        record.kl = dsa.warmup_loss(index, attention, ranges)
-        record.kl_value = record.kl.detach()
+        kl = dsa.warmup_loss(dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ), attention, ranges)
+        context.record(self.layer_idx).add_kl(kl, kl.detach())
 
     def _sparse_by_triton(
         self, rows: "_Rows", entries_TE: Tensor, k_index_TI: Tensor, context: Context
@@ -165,7 +176,11 @@ class DsaAttention(hf.DeepseekV32Attention):
             return self._attend_kept(rows, entries_SE, keys_SI, ranges, context)
         early = rows.select(split.early_T)
         q_THE = torch.cat((early.q_nope_THN, early.q_rot_THP), dim=-1)
-        early_THV = self._dense(q_THE, entries_TE.index_select(0, split.early_T), split.early)
+        early_entries_TE = entries_TE.index_select(0, split.early_T)
+        early_THV = self._dense(q_THE, early_entries_TE, split.early)
+        if context.indexer_loss == "sparse" and torch.is_grad_enabled():
+            early_keys_TI = k_index_TI.index_select(0, split.early_T)
+            self._dense_kl_by_triton(early, early_entries_TE, early_keys_TI, split.early_ranges, context)
         if ranges is None:
             return early_THV
         late_THV = self._attend_kept(rows.select(split.late_T), entries_SE, keys_SI, ranges, context)
@@ -183,7 +198,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             kept_TK = rows.kept_TK.int()
             slots_TK = torch.where(kept_TK < 0, kept_TK, kept_TK + ranges.begin_N[:, None])
         o_THR, kl = dsa.attend(
-            torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1),
+            self._latent_queries(rows.q_nope_THN, rows.q_rot_THP),
             entries_SE,
             slots_TK,
             scale=self.scaling,
@@ -193,7 +208,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         record = context.record(self.layer_idx)
         if kl is not None:
-            record.kl, record.kl_value = kl.loss, kl.value
+            record.add_kl(kl.loss, kl.value)
         if context.record_kept:
             kept_TK = torch.where(slots_TK < 0, slots_TK, slots_TK - ranges.begin_N[:, None])
             record.kept_BQK = context.grid(kept_TK)
@@ -202,7 +217,7 @@ class DsaAttention(hf.DeepseekV32Attention):
     def _decode(self, rows: "_Rows", pages: Pages, context: Context) -> Tensor:
         from posttrain.kernels import dsa  # triton exists on Linux only
 
-        q_THE = torch.cat((self._absorb(rows.q_nope_THN), rows.q_rot_THP), dim=-1)
+        q_THE = self._latent_queries(rows.q_nope_THN, rows.q_rot_THP)
         o_BQHR, kept_BQK = dsa.decode(
             context.grid(q_THE),
             context.grid(rows.q_index_TJI),
@@ -245,8 +260,8 @@ class DsaAttention(hf.DeepseekV32Attention):
         record = context.record(self.layer_idx)
         if context.indexer_loss == "dense":
             kl_BQ = reference.indexer_kl(p_BQL, scores_BQL, mask_BQL)
-            record.kl = (kl_BQ * context.query_mask()).sum()
-            record.kl_value = record.kl.detach()
+            kl = (kl_BQ * context.query_mask()).sum()
+            record.add_kl(kl, kl.detach())
         if context.diagnose:
             # Only queries that have something to leave out count.
             counted_BQ = context.query_mask() & (context.query_positions_BQ >= self.index_topk)
@@ -305,9 +320,8 @@ class _Rows:
 
 
 def _has_dense_rows(context: Context) -> bool:
-    """Whether rows that keep all their keys may be dense: not where the kept keys or their p are wanted.
+    """Whether rows that keep all their keys may be dense: not where the kept keys are wanted.
 
     Nor where gradients must be the same bits: those of torch's attention are not.
     """
-    wanted = context.record_kept or context.indexer_loss != "none"
-    return context.backend.dense_rows and not context.backend.deterministic and not wanted
+    return context.backend.dense_rows and not context.backend.deterministic and not context.record_kept

@@ -37,14 +37,24 @@ class LayerRecord:
 
     kl: Tensor | None = None
     """Sum over queries of D_KL(p || softmax I), differentiable for the indexer; for its number see kl_value."""
-    kl_value: Tensor | None = None
-    """kl in numbers. Triton knows it after the backward pass: NaN before."""
+    kl_values: list[Tensor] = field(default_factory=list)
+    """kl in numbers, a sum of these. Triton knows some after the backward pass only: NaN before."""
     recall: Tensor | None = None
     """[2] attention mass caught by the indexer's top-k and by the oracle's, summed over the queries counted."""
     kept_BQK: Tensor | None = None
     experts_TE: Tensor | None = None
     load_X: Tensor | None = None
     """[num_experts] tokens routed to each expert."""
+
+    def add_kl(self, loss: Tensor, value: Tensor) -> None:
+        """Of some of the layer's queries."""
+        self.kl = loss if self.kl is None else self.kl + loss
+        self.kl_values.append(value)
+
+    @property
+    def kl_value(self) -> Tensor | None:
+        """kl in numbers; None without an indexer that trains."""
+        return torch.stack(self.kl_values).sum() if self.kl_values else None
 
 
 class Context(Protocol):
@@ -133,6 +143,8 @@ class Split:
     """Where each row stands in [early | late]."""
     early: "PackedContext"
     """The early rows as documents of their own."""
+    early_ranges: "Ranges"
+    """Keys of each early row, among the early rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,7 +415,7 @@ def plan_documents(
 
     Of a document that an earlier pass has begun, with so many tokens, no row is dense: its keys are not all here.
     """
-    from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
+    from posttrain.kernels.index_topk_triton import key_ranges, packed  # triton exists on Linux only
 
     sizes = torch.tensor(lengths)
     first_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
@@ -413,12 +425,13 @@ def plan_documents(
         return Plan(key_ranges(begin_T, begin_T + positions_T + 1, device))
     is_early_T = positions_T < num_early
     early_T, late_T = is_early_T.nonzero()[:, 0], (~is_early_T).nonzero()[:, 0]
-    ends_S = sizes.clamp(max=num_early).cumsum(0).to(device)
+    early_sizes = sizes.clamp(max=num_early)
     late_begin, late_end = begin_T[late_T], (begin_T + positions_T + 1)[late_T]
     split = Split(
         early_T=early_T.to(device),
         late_T=late_T.to(device),
         back_T=torch.cat((early_T, late_T)).argsort().to(device),
-        early=PackedContext(attention="dense", cu_seqlens_S=F.pad(ends_S, (1, 0))),
+        early=PackedContext(attention="dense", cu_seqlens_S=F.pad(early_sizes.cumsum(0), (1, 0)).to(device)),
+        early_ranges=packed(early_sizes.tolist(), device),
     )
     return Plan(key_ranges(late_begin, late_end, device) if len(late_T) else None, split)

@@ -141,7 +141,7 @@ LAUNCHES: dict[str, Launch] = {
         call=lambda: _sparse_backward(128, deterministic=True, with_target=False)
     ),
     **{
-        f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new))
+        f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new), spill=32)
         for h, new in ((128, 1), (64, 2), (16, 1))
     },
     "index scores and top-k": Launch(call=_topk),

@@ -104,13 +104,26 @@ def test_model_and_indexer_train_as_with_torch(deterministic: bool) -> None:
 
 
 @pytest.mark.slow
-def test_only_the_indexer_trains() -> None:
-    model = _model()
+@pytest.mark.parametrize("lengths", [LENGTHS, [5, 1, 4]], ids=["some rows choose", "no row chooses"])
+def test_the_indexer_learns_from_dense_rows_what_the_kernels_would_teach(lengths: list[int]) -> None:
+    """Eq. 4 over all keys is Eq. 3: another kernel for the rows that keep everything, the same loss."""
+    model, fast = _model(), dataclasses.replace(TRITON, dense_rows=True)
+    wanted = _run(model, _context(TORCH, lengths, indexer_loss="sparse"))
+    ours = _run(model, _context(fast, lengths, record_kept=False, indexer_loss="sparse"))
+    assert sum(name.startswith("kl/") for name in wanted) == 2
+    _assert_close(ours, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense_rows", [False, True], ids=["kernels alone", "dense rows"])
+def test_only_the_indexer_trains(dense_rows: bool) -> None:
+    model, by_triton = _model(), dataclasses.replace(TRITON, dense_rows=dense_rows)
     indexer = set(model.indexer_parameters())
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in indexer)
     wanted, ours = (
-        _run(model, _context(chosen, indexer_loss="sparse"), with_lm=False) for chosen in (TORCH, TRITON)
+        _run(model, _context(chosen, indexer_loss="sparse", record_kept=False), with_lm=False)
+        for chosen in (TORCH, by_triton)
     )
     assert any(".indexer." in name for name in wanted) and not any(".o_proj" in name for name in wanted)
     _assert_close(ours, wanted)
@@ -148,7 +161,8 @@ def test_dense_rows_take_the_kernels_rows(monkeypatch: pytest.MonkeyPatch) -> No
         (_context(TRITON, record_kept=False), [29]),
         (_context(fast), [29]),
         (_context(exact, record_kept=False), [29]),
-        (_context(fast, record_kept=False, indexer_loss="sparse"), [29]),
+        (_context(fast, record_kept=False, indexer_loss="sparse"), [15]),
+        (_context(fast, [5, 1, 3], record_kept=False, indexer_loss="sparse"), []),
     ]
     for context, expected in cases:
         seen.clear()
