@@ -11,6 +11,7 @@ Shape letters: T tokens of a batch, M valid (predicted) tokens of it, X experts.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +34,7 @@ from posttrain.model.transport import Audience, Offer, Sender
 from posttrain.optimizer import Optimizers
 from posttrain.publisher import Publisher
 from posttrain.schema import Batch
+from posttrain.ties import Ties
 
 Figures = dict[str, float]
 
@@ -173,9 +175,11 @@ class Learner:
             context = self._context(tensors, self.setup.indexer_loss)
             with_entropy = settings.entropy_coef > 0
             teacher, teacher_M = self._taught(batch, tensors, temperature)
-            policy = self._policy(
-                self.model, tensors, context, temperature, with_entropy=with_entropy, teacher=teacher
-            )
+            ties = Ties(self.model, tensors.cu_seqlens_S, int(self.model.config.index_topk))
+            with ties if self._sharing is None else nullcontext():  # a part of a batch lacks keys
+                policy = self._policy(
+                    self.model, tensors, context, temperature, with_entropy=with_entropy, teacher=teacher
+                )
             ref_M = None if settings.kl == "none" else self._reference_logprobs(tensors, temperature)
             coef = 0.0 if self.setup.mopd is None else self.setup.mopd.coef
             values = loss.values(
@@ -184,6 +188,7 @@ class Learner:
             objective, figures = loss.policy_loss(values, settings)
             if each.index is not None:
                 seen[each.index] = policy.logp_M.detach().cpu().numpy()
+                figures["ties"] = torch.tensor(ties.share * len(policy.logp_M))
                 for name, value in figures.items():
                     sums[name] += self._counts * float(value) / valid
             self._backward(objective, objective, each, context, sums, share=self._share(batches))

@@ -278,6 +278,7 @@ def _train(
             counts = [by_id[id].rollout.num_sampled for id in batch.ids]
             for id, piece in zip(batch.ids, np.split(logp_M, np.cumsum(counts)[:-1]), strict=True):
                 by_id[id].learner_logprobs = piece
+        figures["engine/ties"] = figures.pop("ties")  # with equal scores, a rule chooses a key
         if not first:
             figures |= _engine_figures([by_id[id] for id in ids])
         if "skipped" in figures:

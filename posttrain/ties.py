@@ -1,0 +1,60 @@
+"""How often the k-th and the next key of a query have the same score, so that a rule, not the indexer, chooses.
+
+Where engine and learner broke such ties differently they would attend to other keys. Scores are made anew in fp32 for some
+queries, since the kernels that select leave none. Next: agree.py, learner.py.
+
+Shape letters: T tokens, S queries looked at, J indexer heads, I indexer head size.
+"""
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.kernels import reference
+from posttrain.model.indexer import LightningIndexer
+
+SAMPLE = 64
+"""Queries of a pass that are looked at, evenly spread over those that leave a key out."""
+
+
+class Ties:
+    """Watches the indexers of a model while a packed pass runs in its `with` block."""
+
+    def __init__(self, model: nn.Module, cu_seqlens_S: Tensor, topk: int) -> None:
+        starts_S, lengths_S = cu_seqlens_S[:-1], cu_seqlens_S.diff()
+        starts_T = starts_S.repeat_interleave(lengths_S)
+        at_T = torch.arange(len(starts_T), device=starts_T.device)
+        choosing = (at_T - starts_T >= topk).nonzero()[:, 0]
+        step = -(-len(choosing) // SAMPLE) or 1
+        self._queries_S, self._topk = choosing[::step], topk
+        queries_S1 = self._queries_S[:, None]
+        self._seen_ST = (at_T <= queries_S1) & (at_T >= starts_T[self._queries_S][:, None])
+        self._indexers = [module for module in model.modules() if isinstance(module, LightningIndexer)]
+        self._tied: list[Tensor] = []
+        self._hooks: list[Any] = []
+
+    @property
+    def share(self) -> float:
+        """Of the queries looked at, in all layers; 0 where none leaves a key out."""
+        return float(torch.stack(self._tied).float().mean()) if self._tied else 0.0
+
+    def __enter__(self) -> Self:
+        if len(self._queries_S):
+            self._hooks = [indexer.register_forward_hook(self._look) for indexer in self._indexers]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def _look(self, indexer: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        q_TJI, k_TI, w_TJ = output
+        q_SJI, w_SJ = q_TJI[self._queries_S], w_TJ[self._queries_S]
+        scores_ST = reference.index_scores(q_SJI[None], k_TI[None], w_SJ[None])[0]
+        best = scores_ST.masked_fill(~self._seen_ST, float("-inf")).topk(self._topk + 1, dim=-1).values
+        self._tied.append(best[:, -2] == best[:, -1])
