@@ -115,8 +115,28 @@ class TorchEngine:
         for start in range(0, len(requests), max_rows):
             wave = enumerate(requests[start : start + max_rows], start)
             rows = [_Row(r, prompts[r.task.id], order=i) for i, r in wave]
-            done.update(_Wave(self, rows, settings).run())
+            why = [row.request.obstacle(self.model.config.vocab_size) for row in rows]
+            done |= {row.order: self._refused(row, text) for row, text in zip(rows, why, strict=True) if text}
+            served = [row for row in rows if row.order not in done]
+            if served:
+                done |= _Wave(self, served, settings).run()
         return [done[i] for i in range(len(requests))]
+
+    def _refused(self, row: _Row, why: str) -> Rollout:
+        """What a request gets that cannot be served."""
+        stop, outcome, text = row.end(self.tokenizer, row.prompt, Failed("error", why), cut=False)
+        return Rollout(
+            task_id=row.request.task.id,
+            index=row.request.index,
+            tokens=np.array(row.prompt, np.int32),
+            sampled=np.zeros(len(row.prompt), np.bool_),
+            logprobs=np.zeros(len(row.prompt), np.float32),
+            text=text,
+            messages=(),
+            stop=stop,
+            outcome=outcome,
+            policy_version=self.version,
+        )
 
     def cache(self, rows: int, length: int) -> StaticCache:
         """An empty cache for all layers."""
@@ -244,7 +264,10 @@ class _Wave:
         if settings.record_mask:
             self._record_mask(logp_BV, sampled_B & self.alive_B)
         self.lengths_B[live] += 1
-        ended_B = sampled_B & (token_B == self.engine.eos_token_id) & (not settings.ignore_eos)
+        ended_B = token_B == self.engine.eos_token_id
+        if any(row.request.stop_ids for row in self.rows):
+            ended_B |= [int(t) in row.request.stop_ids for t, row in zip(token_B, self.rows, strict=True)]
+        ended_B &= sampled_B & (not settings.ignore_eos)
         full_B = self.lengths_B >= self.limits_B
         ended = [int(i) for i in live[ended_B[live]]]
         stops = dict(zip(ended, self._end_turns(ended), strict=True))

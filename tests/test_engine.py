@@ -1,5 +1,6 @@
 """The torch engine: cached decoding is the full forward, samples depend on their seed alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -249,6 +250,26 @@ def test_uniform_numbers_are_uniform_and_differ_between_neighbours() -> None:
     assert len(np.unique(numbers)) > 9_990
     grid = numbers.reshape(50, 200)
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
+
+
+def test_a_request_stops_at_its_own_tokens_and_unknown_ones_are_an_error() -> None:
+    engine = TorchEngine(tiny.model(topk=7, seed=1), TOKENIZER)
+    task = next(iter(sorting.tasks(seed=0, n=1)))
+    plain = Request(task=task, index=0, seed=4, max_new_tokens=30)
+    (whole,) = engine.generate([plain], Sampling())
+    start = int(whole.sampled.argmax())
+    stop = int(whole.tokens[start + 5])
+    first = start + whole.tokens[start:].tolist().index(stop)
+    requests = [replace(plain, stop_ids=(3, stop)), replace(plain, stop_ids=(9999,)), plain]
+    cut, unknown, other = engine.generate(requests, Sampling())
+    assert cut.tokens.tolist() == whole.tokens[: first + 1].tolist() and cut.stop == "eos"
+    assert unknown.stop == "error" and unknown.num_sampled == 0
+    assert unknown.outcome == {"error": f"stop token 9999 is not among the model's {221} tokens"}
+    assert other.tokens.tolist() == whole.tokens.tolist()
+    (alone,) = engine.generate([requests[1]], Sampling())
+    assert alone.stop == "error"
+    (ignored,) = engine.generate([requests[0]], Sampling(ignore_eos=True))
+    assert ignored.num_sampled == 30
 
 
 def test_an_engine_that_sleeps_has_no_weights_until_they_are_loaded() -> None:

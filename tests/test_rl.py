@@ -124,6 +124,7 @@ def test_groups_without_a_signal_are_replaced_until_the_rounds_are_used_up(tmp_p
     for rounds in (0, 1, 9):
         step = _Step(tmp_path / str(rounds), _Sometimes(TOKENIZER), refill_rounds=rounds)
         figures, _ = step.run()
+        assert 0 <= figures["engine/ties"] <= 1 and "ties" not in figures
         trained = [row for row in step.rows() if row["fate"] == "trained"]
         signals[rounds] = len({row["task_id"] for row in trained})
         generated = [len(args[0]) for name, args in step.calls if name == "generate"]

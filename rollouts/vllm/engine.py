@@ -195,7 +195,10 @@ class VllmEngine:
             return "the prompt is empty"
         if num + new > most:
             return f"a prompt of {num} tokens with {new} new ones is longer than the model's {most} positions"
-        return None
+        return row.request.obstacle(self._model.config.vocab_size)
+
+    def _stops(self, row: _Row) -> list[int]:
+        return [self.eos_token_id, *row.request.stop_ids]
 
     def _submit(self, row: _Row, settings: Sampling, running: dict[int, _Row]) -> None:
         number = next(self._numbers)
@@ -203,7 +206,7 @@ class VllmEngine:
         params = SamplingParams(
             max_tokens=1 if row.full else row.room,
             ignore_eos=True,  # our stop token is named, vLLM's idea of it may come from a config
-            stop_token_ids=[] if settings.ignore_eos else [self.eos_token_id],
+            stop_token_ids=[] if settings.ignore_eos else self._stops(row),
             detokenize=False,
             extra_args={compat.PARAMS: number},
         )
@@ -231,7 +234,7 @@ class VllmEngine:
             elif output.finished:
                 row.extend(output.outputs[0].token_ids, sampled=True)
                 self.num_prefix_hits += output.num_cached_tokens or 0
-                if settings.ignore_eos or row.tokens[-1] != self.eos_token_id:
+                if settings.ignore_eos or row.tokens[-1] not in self._stops(row):
                     over.append((row, "length", True))
                 else:
                     turns.append(row)

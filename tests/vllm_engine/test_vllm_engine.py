@@ -1,6 +1,7 @@
 """Our model in vLLM: the learner's log-probs and selections, however vLLM cuts, shares and preempts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,25 @@ def test_the_same_seeds_give_the_torch_engines_samples(
                 assert a.sampling_mask is not None and b.sampling_mask is not None
                 assert a.sampling_mask.counts.tolist() == b.sampling_mask.counts.tolist()
                 assert a.sampling_mask.ids.tolist() == b.sampling_mask.ids.tolist()
+
+
+def test_a_request_stops_at_its_own_tokens_as_in_the_torch_engine(
+    folder: Path, learner: DeepseekV32ForCausalLM, open_engine: OpenEngine
+) -> None:
+    requests = _requests(4)
+    whole = TorchEngine(learner, TOKENIZER).generate(requests, Sampling())
+    stops = [int(r.tokens[int(r.sampled.argmax()) + 5]) for r in whole]
+    requests = [replace(r, stop_ids=(stop,)) for r, stop in zip(requests, stops, strict=True)]
+    requests.append(replace(requests[0], stop_ids=(-1,)))
+    found = open_engine(folder, WHOLE).generate(requests, Sampling())
+    for a, b, cut in zip(
+        found,
+        TorchEngine(learner, TOKENIZER).generate(requests, Sampling()),
+        [True] * 4 + [False],
+        strict=True,
+    ):
+        assert a.tokens.tolist() == b.tokens.tolist() and (a.stop, a.outcome) == (b.stop, b.outcome)
+        assert (a.stop == "eos" and 0 < a.num_sampled <= 6) if cut else "stop token -1" in a.outcome["error"]
 
 
 def test_turns_with_tools_are_the_torch_engines(folder: Path, open_engine: OpenEngine) -> None:
