@@ -174,12 +174,15 @@ class DsaAttention(hf.DeepseekV32Attention):
         if split is None:
             assert ranges is not None, "no rows"
             return self._attend_kept(rows, entries_SE, keys_SI, ranges, context)
-        early = rows.select(split.early_T)
+        early, early_entries_TE, early_keys_TI = rows, entries_TE, k_index_TI
+        if ranges is not None:
+            early = rows.select(split.early_T)
+            early_entries_TE, early_keys_TI = (
+                x.index_select(0, split.early_T) for x in (entries_TE, k_index_TI)
+            )
         q_THE = torch.cat((early.q_nope_THN, early.q_rot_THP), dim=-1)
-        early_entries_TE = entries_TE.index_select(0, split.early_T)
         early_THV = self._dense(q_THE, early_entries_TE, split.early)
         if context.indexer_loss == "sparse" and torch.is_grad_enabled():
-            early_keys_TI = k_index_TI.index_select(0, split.early_T)
             self._dense_kl_by_triton(early, early_entries_TE, early_keys_TI, split.early_ranges, context)
         if ranges is None:
             return early_THV
