@@ -491,7 +491,7 @@ class Cluster(Model):
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Kernels of the sparse attention in learner and engines; "auto" is Triton's for bf16 on a GPU that fits them."""
     deterministic: bool = False
-    """Gradients of a step are the same bits every time; on a GPU this costs speed (kernels/README.md)."""
+    """A step's gradients, and in vLLM a request in any batch, are the same bits every time; on a GPU this costs speed."""
     threads: int = Field(0, ge=0)
     """torch threads per actor; 0 = as many as there are idle cores when the run starts."""
     reward_workers: int = Field(0, ge=0)

@@ -137,7 +137,7 @@ class Learner:
         sender = Sender(
             torch.device(setup.device), host=setup.host, folder=setup.sync_folder, timeout_s=setup.timeout_s
         )
-        self._publisher = Publisher(self.model, group, setup.lora, sender)
+        self._publisher = Publisher(self.model, group, setup.lora, sender, dtype=dtype)
         self._writer = training_state.Writer(None if group is None else group.snapshots)
         self._load: dict[int, Any] = {}
         self._nonfinite_ids: list[str] = []

@@ -5,6 +5,7 @@ Every rank takes part, because shards are gathered from all. Next: model/transpo
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from posttrain.config import Lora
@@ -19,9 +20,17 @@ class Publisher:
     """Of one rank."""
 
     def __init__(
-        self, model: DeepseekV32ForCausalLM, group: Group | None, adapters: Lora | None, sender: Sender
+        self,
+        model: DeepseekV32ForCausalLM,
+        group: Group | None,
+        adapters: Lora | None,
+        sender: Sender,
+        *,
+        dtype: torch.dtype,
     ) -> None:
-        self._model, self._adapters, self._sender = model, adapters, sender
+        """dtype is that of the engines' parameters; a learner may have finer ones (mixed precision)."""
+        self._model, self._adapters, self._sender, self._dtype = model, adapters, sender, dtype
+        self._buffers = {name for name, _ in model.named_buffers()}
         self._rank = 0 if group is None else group.rank
 
     def weights(self) -> dict[str, Tensor]:
@@ -32,14 +41,24 @@ class Publisher:
     def offer(self, audience: Audience) -> Offer | None:
         """The same for engines, by the ways that are theirs; None from a rank that no engine takes it from."""
         wanted = self._sender.wants(audience, rank=self._rank)
-        tensors = self._gathered(keep=wanted)
+        tensors: Iterable[tuple[str, Tensor]] = self._gathered(keep=wanted)
         if not wanted:
             assert not list(tensors), "gathered for the others"
             return None
-        if self._adapters is None:
-            return self._sender.offer(self._model.state_dict(), tensors, audience, rank=self._rank)
-        merged = dict(self._merged(tensors))
-        return self._sender.offer(merged, merged.items(), audience, rank=self._rank)
+        like = self._model.state_dict()
+        if self._adapters is not None:
+            like = dict(self._merged(tensors))
+            tensors = like.items()
+        empty = {
+            name: torch.empty(tensor.shape, dtype=self._type(name, tensor), device="meta")
+            for name, tensor in like.items()
+        }
+        cast = ((name, tensor.to(self._type(name, tensor))) for name, tensor in tensors)
+        return self._sender.offer(empty, cast, audience, rank=self._rank)
+
+    def _type(self, name: str, tensor: Tensor) -> torch.dtype:
+        """An engine's; buffers, the biases of routers, keep theirs in every model."""
+        return tensor.dtype if name in self._buffers else self._dtype
 
     @property
     def gpu(self) -> str:

@@ -13,9 +13,10 @@ import tiny
 import torch
 from torch import Tensor
 
-from posttrain.model import transport
+from posttrain.model import checkpoint, transport
 from posttrain.model.transport import Audience, Offer, Receiver, Sender, views
 from posttrain.model.weights import checksum, take
+from posttrain.publisher import Publisher
 
 CPU = torch.device("cpu")
 TWO = Audience(engines=("", ""), ranks=("",), choice="broadcast")
@@ -171,3 +172,18 @@ def test_a_buffer_holds_every_type_and_shape() -> None:
     for name, tensor in tensors.items():
         places[name].copy_(tensor)
     assert checksum(places) == checksum(tensors)
+
+
+def test_an_engine_gets_its_own_types_from_a_finer_learner(tmp_path: Path) -> None:
+    learner = tiny.model(seed=3)
+    checkpoint.save(tiny.model(seed=1), tmp_path)
+    engine = checkpoint.load(tmp_path, dtype=torch.bfloat16)
+    publisher = Publisher(
+        learner, None, None, Sender(CPU, host="", folder=None, timeout_s=1), dtype=torch.bfloat16
+    )
+    offer = publisher.offer(Audience(engines=("",), ranks=("",)))
+    take(engine, Receiver(CPU, index=0, timeout_s=1).accept([offer]))
+    assert torch.equal(engine.lm_head.weight, learner.lm_head.weight.bfloat16())
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(engine.state_dict()[bias], learner.state_dict()[bias])
+    assert engine.state_dict()[bias].dtype == torch.float32
