@@ -81,7 +81,8 @@ class Pool:
         for i, actor in enumerate(self._actors):  # a broadcast would wait for one that is dead
             try:
                 self._get(actor.gpu.remote(), f"rollout actor {i}")
-            except ray.exceptions.RayActorError:
+            except (ray.exceptions.RayActorError, TimeoutError):
+                ray.kill(actor)
                 self._replace(i)
         self._weights = (version, publish)
         offers = publish(self._gpus, self.restarts, None)

@@ -87,7 +87,10 @@ def sleep(engine: Any) -> Callable[[], None]:
 
 def free_bytes() -> int | None:
     """Memory that is free on the GPU; None where vLLM runs on the CPU."""
-    return torch.cuda.mem_get_info()[0] if on_gpu() else None
+    if not on_gpu():
+        return None
+    torch.cuda.empty_cache()  # an engine before this one in the process may have left some in torch's hands
+    return torch.cuda.mem_get_info()[0]
 
 
 def stock_obstacles() -> list[str]:
