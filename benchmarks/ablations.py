@@ -259,7 +259,7 @@ def measure(
 ) -> dict[str, float]:
     """The policy itself on held-out tasks: sampled at temperature 1, nothing cut, by an fp32 engine that selects alike."""
     engine = TorchEngine(checkpoint.load(base), checkpoint.load_tokenizer(base))
-    engine.load(1, learner.published())
+    engine.load(1, pack(learner.weights()))
     plans = [generation.plan(domain, task, samples, seed=9) for task in domain.evaluation[:num_tasks]]
     rollouts = engine.generate([request for plan in plans for request in plan.requests], Sampling())
     groups = [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]

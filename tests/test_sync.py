@@ -21,9 +21,9 @@ from posttrain.toy import sorting, tokenizer
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("sync", ["broadcast", "disk"])
+@pytest.mark.parametrize("sync", ["auto", "broadcast", "disk"])
 def test_actors_and_their_replacements_get_the_learners_weights(
-    tmp_path: Path, sync: Literal["broadcast", "disk"]
+    tmp_path: Path, sync: Literal["auto", "broadcast", "disk"]
 ) -> None:
     first, trained = tiny.model(seed=1), tiny.model(seed=2)
     for name, model in (("first", first), ("trained", trained)):
