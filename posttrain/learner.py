@@ -208,7 +208,7 @@ class Learner:
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Held-out figures of the DSA conversion (diagnosis.py). Every rank runs all batches."""
-        found = (self._on_device(batch) for batch in batches)
+        found = (on_device(batch, self.setup.device) for batch in batches)
 
         def run(tensors: DeviceBatch, context: PackedContext) -> Tensor:
             return self._logprobs(self.model, tensors, context)
@@ -301,11 +301,10 @@ class Learner:
             "indexer_loss": indexer_loss,
             "cu_seqlens_S": tensors.cu_seqlens_S,
         }
-        if self._sharing is None:
+        part, tensors = tensors.part, tensors.own()
+        if part is None or self._sharing is None:
             context = PackedContext(**common)
         else:
-            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
-            tensors = tensors.cut(part)
             gather = partial(self._sharing.keys, part=part)
             context = PartContext(**common, begin=part.begin, end=part.end, gather=gather)
         if tensors.kept_NTK is not None:
@@ -316,7 +315,7 @@ class Learner:
         return context
 
     def _on_device(self, batch: Batch) -> DeviceBatch:
-        return on_device(batch, self.setup.device)
+        return on_device(batch, self.setup.device, self._sharing)
 
     def _logprobs(
         self, model: Any, tensors: DeviceBatch, context: PackedContext, temperature: float = 1.0
@@ -334,11 +333,8 @@ class Learner:
         teacher: logprob.Hidden | None = None,
     ) -> logprob.Read:
         """What is read off the logits [M], of the whole batch also where ranks share it; the teacher's are the part's."""
-        part = None
-        if isinstance(context, PartContext):
-            assert self._sharing is not None, "the context is from _context"
-            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
-            tensors = tensors.cut(part)
+        part = tensors.part
+        tensors = tensors.own()
 
         def read(x_MD: Tensor, head_VD: Tensor) -> logprob.Read:
             hidden, limit = logprob.Hidden(x_MD, head_VD), self.setup.max_logits
@@ -363,9 +359,7 @@ class Learner:
         context = self._context(tensors)
         if self.setup.mopd.form == "sampled":
             return None, self._logprobs(model, tensors, context, temperature)
-        if isinstance(context, PartContext):
-            assert self._sharing is not None, "the context is from _context"
-            tensors = tensors.cut(self._sharing.part(len(tensors.tokens_T), tensors.at_M))
+        tensors = tensors.own()
         return model(tensors.tokens_T, context, tensors.at_M, logprob.Hidden), None
 
     @torch.no_grad()

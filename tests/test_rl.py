@@ -167,7 +167,7 @@ def test_old_log_probs_are_recomputed_before_the_first_update(
     assert figures["clipped"] < 0.1, (
         "the first update is on-policy, though the fake engine's log-probs are not"
     )
-    assert figures["logprob_gap"] > 1
+    assert figures["engine/gap_mean"] > 1
 
 
 def test_domains_have_their_own_clip_budget_and_penalty(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_kept_choices_travel_from_the_engine_to_the_learner(tmp_path: Path, poli
             tasks_per_step=4,
         )
         figures, _ = step.run()
-        gaps[mask] = figures["logprob_gap"]
+        gaps[mask] = figures["engine/gap_mean"]
         ((_, (batches, *_)),) = [call for call in step.calls if call[0] == "grpo_step"]
         for batch in batches:
             assert batch.kept_NTK is not None and batch.experts_NTE is not None

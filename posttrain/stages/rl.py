@@ -72,7 +72,7 @@ def run(stage: config.Rl, job: Job) -> Result:
     return Result(steps=stage.steps, tokens=log.tokens, figures=figures | saved | {"restarts": pool.restarts})
 
 
-_KEPT = ("reward", "signal", "mean_tokens", "generate_s", "score_s", "train_s", "logprob_gap")
+_KEPT = ("reward", "signal", "mean_tokens", "generate_s", "score_s", "train_s", "engine/gap_mean")
 """What _Log.summary is made of."""
 
 
@@ -82,7 +82,7 @@ class _Log:
 
     tokens: int = 0
     figures: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _KEPT})
-    """Of every step; logprob_gap of those with an update that is finite."""
+    """Of every step; engine/gap_mean of those with an update that is finite."""
 
     def add(self, figures: Mapping[str, float]) -> None:
         self.tokens += int(figures["tokens"])
@@ -96,9 +96,8 @@ class _Log:
         ends = {"reward_first": log["reward"][:5], "reward_last": log["reward"][-5:]}
         means = {name: log[name] for name in ("signal", "mean_tokens", "generate_s", "score_s", "train_s")}
         figures = {name: float(np.mean(values)) for name, values in (ends | means).items()}
-        if log["logprob_gap"]:
-            figures["logprob_gap"] = float(np.mean(log["logprob_gap"]))
-            figures["logprob_gap_max"] = max(log["logprob_gap"])
+        if log["engine/gap_mean"]:
+            figures["engine/gap_mean"] = float(np.mean(log["engine/gap_mean"]))
         return figures
 
 
