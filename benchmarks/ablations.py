@@ -118,7 +118,7 @@ class Local:
     def learner(self, setup: Setup) -> Any:
         """As Cluster."""
         self.made = Learner(setup)
-        self.load(0, self.publish())  # so that step 0 has the noise too
+        self.load(0, self.publish)  # so that step 0 has the noise too
         return nullcontext(self)
 
     def pool(self, _: Any) -> Any:
@@ -132,13 +132,13 @@ class Local:
             self.masked.append(answer[0].get("offpolicy_masked", 0.0))
         return answer
 
-    def publish(self) -> Weights:
+    def publish(self, *_: Any) -> Any:
         """As RemoteLearner."""
-        return self.made.published()
+        return pack(self.made.weights())
 
-    def load(self, version: int, weights: Weights) -> None:
+    def load(self, version: int, publish: Any) -> None:
         """As Pool."""
-        self._engine.load(version, weights)
+        self._engine.load(version, publish())
 
     def generate(self, requests: Sequence[Request], settings: Sampling, *_: Any) -> list[Rollout]:
         """As Pool."""
@@ -274,7 +274,7 @@ def measure(
 ) -> dict[str, float]:
     """The policy itself on held-out tasks: sampled at temperature 1, nothing cut, by an fp32 engine that selects alike."""
     engine = TorchEngine(checkpoint.load(base), checkpoint.load_tokenizer(base))
-    engine.load(1, learner.published())
+    engine.load(1, pack(learner.weights()))
     plans = [generation.plan(domain, task, samples, seed=9) for task in domain.evaluation[:num_tasks]]
     rollouts = engine.generate([request for plan in plans for request in plan.requests], Sampling())
     groups = [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]

@@ -11,6 +11,7 @@ Shape letters: T tokens of a batch, M valid (predicted) tokens of it, X experts.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,10 +31,11 @@ from posttrain.model import checkpoint, lora
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext, PartContext
 from posttrain.model.moe import update_bias
 from posttrain.model.shared import SharedContext
-from posttrain.model.weights import Weights, pack
+from posttrain.model.transport import Audience, Offer, Sender
 from posttrain.optimizer import Optimizers
+from posttrain.publisher import Publisher
 from posttrain.schema import Batch
-from posttrain.shards import whole
+from posttrain.ties import watch
 
 Figures = dict[str, float]
 
@@ -70,6 +72,12 @@ class Setup:
     share_prompts: bool = True
     """Run the prompt of a group once per batch, and not once per completion."""
     seed: int = 0
+    host: str = "127.0.0.1"
+    """Where engines reach this process."""
+    sync_folder: Path | None = None
+    """For weights that go by disk."""
+    timeout_s: float = 1800
+    """For engines to come for weights."""
 
     def __post_init__(self) -> None:
         """ValueError where an indexer would silently stay untrained, or its loss be computed for nothing."""
@@ -129,6 +137,10 @@ class Learner:
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
         )
         self.version = 0
+        sender = Sender(
+            torch.device(setup.device), host=setup.host, folder=setup.sync_folder, timeout_s=setup.timeout_s
+        )
+        self._publisher = Publisher(self.model, group, setup.lora, sender, dtype=dtype)
         self._writer = training_state.Writer(None if group is None else group.snapshots)
         self._load: dict[int, Any] = {}
         self._nonfinite_ids: list[str] = []
@@ -164,21 +176,23 @@ class Learner:
         for each in self._passes(batches):
             batch, tensors = each.batch, self._on_device(each.batch, share_prompts=True)
             context = self._context(tensors, self.setup.indexer_loss)
-            with_entropy = settings.entropy_coef > 0
             teacher, teacher_M = self._taught(batch, tensors, temperature)
-            policy = self._policy(
-                self.model, tensors, context, temperature, with_entropy=with_entropy, teacher=teacher
-            )
+            looks = self._sharing is None and each.index == len(batches) - 1  # the longest; a part lacks keys
+            ties = watch(self.model, tensors) if looks else None
+            with ties or nullcontext():
+                wanted: dict[str, Any] = {"with_entropy": settings.entropy_coef > 0, "teacher": teacher}
+                policy = self._policy(self.model, tensors, context, temperature, **wanted)
             ref_M = None if settings.kl == "none" else self._reference_logprobs(tensors, temperature)
             coef = 0.0 if self.setup.mopd is None else self.setup.mopd.coef
-            values = loss.values(
-                batch, tensors, policy, settings, ref_M=ref_M, teacher_M=teacher_M, teacher_coef=coef
-            )
+            given = (batch, tensors, policy, settings)
+            values = loss.values(*given, ref_M=ref_M, teacher_M=teacher_M, teacher_coef=coef)
             objective, figures = loss.policy_loss(values, settings)
             if each.index is not None:
                 seen[each.index] = policy.logp_M.detach().cpu().numpy()
                 for name, value in figures.items():
                     sums[name] += self._counts * float(value) / valid
+            if ties is not None:
+                sums["ties"] = ties.share
             self._backward(objective, objective, each, context, sums, share=self._share(batches))
         return self._finish(sums, batches), self._in_order(seen)
 
@@ -205,19 +219,19 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, adapters merged, on the CPU; of several ranks the first has it."""
-        found: dict[str, Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
-            weight = whole(tensor.detach())
-            if self._first:
-                found[name] = weight.cpu()
-        adapters = self.setup.lora
-        if adapters is None or not self._first:
-            return found
-        return lora.merged(found, rank=adapters.rank, alpha=adapters.alpha)
+        return self._publisher.weights()
 
-    def published(self) -> Weights:
-        """The same with its checksum: what engines are sent."""
-        return pack(self.weights())
+    def offer(self, audience: Audience) -> Offer | None:
+        """The same for engines."""
+        return self._publisher.offer(audience)
+
+    def gpu(self) -> str:
+        """The id of this rank's GPU; "" without one."""
+        return self._publisher.gpu
+
+    def close(self) -> None:
+        """Give up what engines read from."""
+        self._publisher.close()
 
     def save(self, path: Path, *, dense: bool = False) -> None:
         """Write a Hugging Face checkpoint; dense drops the indexers and writes deepseek_v3."""

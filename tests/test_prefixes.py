@@ -126,6 +126,8 @@ def _step(
 def _assert_same(shared: Any, plain: Any) -> None:
     (grads, figures, logp), (wanted, wanted_figures, wanted_logp) = shared, plain
     np.testing.assert_allclose(logp, wanted_logp, atol=1e-6)
+    for found in (figures, wanted_figures):
+        del found["ties"]  # a common query is looked at once
     assert figures == pytest.approx(wanted_figures, rel=1e-5, abs=1e-7)
     assert grads.keys() == wanted.keys()
     ours, theirs = (torch.cat([g[n].flatten() for n in wanted]).double() for g in (grads, wanted))
