@@ -73,9 +73,18 @@ BARE: dict[str, Any] = {
 INCONSISTENT: dict[str, dict[str, Any]] = {
     "same selection": BARE,
     "other selection": BARE | {"noise": 0.5},
+    "other selection, ratio to the engine": {
+        "loss": BARE["loss"] | {"old_policy": "engine"},
+        "keep": BARE["keep"],
+        "noise": 0.5,
+    },
     "other selection, Keep Top-k": BARE | {"keep": {"routing": False, "topk": True}, "noise": 0.5},
 }
-"""The collapse demo: an fp32 engine, whose indexers' queries get noise of that relative size with every new weights."""
+"""The collapse demo: an fp32 engine, whose indexers' queries get noise of that relative size with every new weights.
+
+"same selection" is the product's path: both sides choose the same entries. The three others differ in what the learner
+makes of an engine that does not.
+"""
 
 
 class Engine(TorchEngine):
@@ -103,11 +112,13 @@ class Local:
         self._engine = Engine(checkpoint.load(base, dtype=dtype), checkpoint.load_tokenizer(base))
         self._engine.noise = noise
         self.made: Learner
+        self.masked: list[float] = []
+        """Share of tokens that the off-policy mask took, of every update."""
 
     def learner(self, setup: Setup) -> Any:
         """As Cluster."""
         self.made = Learner(setup)
-        self.load(0, self.publish())  # so that step 0 has the noise too
+        self.load(0, self.publish)  # so that step 0 has the noise too
         return nullcontext(self)
 
     def pool(self, _: Any) -> Any:
@@ -116,15 +127,18 @@ class Local:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """As RemoteLearner."""
-        return getattr(self.made, method)(*args, **kwargs)
+        answer = getattr(self.made, method)(*args, **kwargs)
+        if method == "grpo_step":  # the stage logs the first update of a step alone, which is on-policy
+            self.masked.append(answer[0].get("offpolicy_masked", 0.0))
+        return answer
 
-    def publish(self) -> Weights:
+    def publish(self, *_: Any) -> Any:
         """As RemoteLearner."""
-        return self.made.published()
+        return pack(self.made.weights())
 
-    def load(self, version: int, weights: Weights) -> None:
+    def load(self, version: int, publish: Any) -> None:
         """As Pool."""
-        self._engine.load(version, weights)
+        self._engine.load(version, publish())
 
     def generate(self, requests: Sequence[Request], settings: Sampling, *_: Any) -> list[Rollout]:
         """As Pool."""
@@ -136,8 +150,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     options.add_argument("--base", type=Path, required=True, help="sparse checkpoint")
     options.add_argument("--domain", choices=DOMAINS, default="math")
-    options.add_argument("--steps", type=int, default=24)
-    options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--tasks", type=int, default=16, help="tasks per step, 8 completions each")
+    options.add_argument("--lr", type=float, default=5e-4)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options.add_argument("--only", nargs="+", default=[*ARMS, *INCONSISTENT], metavar="ARM")
     options.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
@@ -159,11 +174,11 @@ def main() -> None:
     print(table([row for row in rows if _key(row) in keys]))
 
 
-_SPEC = ("arm", "seed", "domain", "steps", "lr")
+_SPEC = ("arm", "seed", "domain", "steps", "tasks", "lr")
 
 
 def _spec(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    common = {"domain": args.domain, "steps": args.steps, "lr": args.lr}
+    common = {"domain": args.domain, "steps": args.steps, "tasks": args.tasks, "lr": args.lr}
     return {"arm": arm, "seed": seed, **common, "base": str(args.base)}
 
 
@@ -197,13 +212,12 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
         )
         rl.run(stage, job)
     (domain,) = open_domains(cfg).values()
-    return (
-        dict(spec) | log.figures() | measure(local.made, base, domain) | {"wall_s": time.monotonic() - began}
-    )
+    figures = log.figures() | measure(local.made, base, domain) | {"masked": statistics.mean(local.masked)}
+    return dict(spec) | figures | {"wall_s": time.monotonic() - began}
 
 
 def _recipe(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> config.Run:
-    """256 completions per step at top-p 0.9, in four updates."""
+    """Steps of four updates, on completions sampled at top-p 0.9."""
     name = spec["domain"]
     stage = {
         "name": "rl",
@@ -211,6 +225,7 @@ def _recipe(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> config.Run:
         "source": spec["base"],
         "steps": spec["steps"],
         "mix": {name: {"kl_coef": 0.05}},
+        "tasks_per_step": spec["tasks"],
         "updates_per_step": 4,
         "optimizer": {"lr": spec["lr"]},
         **{part: ALL[part] | changes.get(part, {}) for part in ALL},
@@ -248,18 +263,18 @@ class _Log:
             "curve": [round(value, 4) for value in curve],
             "peak": max(curve),
             "last": curve[-1],
-            # At the end worth less than half of what had been gained.
-            "collapsed": float(curve[-1] < curve[0] + 0.5 * (max(curve) - curve[0])),
+            "lost": 1 - curve[-1] / max(curve),
+            "collapsed": float(curve[-1] < 0.5 * max(curve)),
             "gap": statistics.mean(gaps) if gaps else math.nan,
         }
 
 
 def measure(
-    learner: Learner, base: Path, domain: Domain, *, num_tasks: int = 100, samples: int = 4
+    learner: Learner, base: Path, domain: Domain, *, num_tasks: int = 75, samples: int = 4
 ) -> dict[str, float]:
     """The policy itself on held-out tasks: sampled at temperature 1, nothing cut, by an fp32 engine that selects alike."""
     engine = TorchEngine(checkpoint.load(base), checkpoint.load_tokenizer(base))
-    engine.load(1, learner.published())
+    engine.load(1, pack(learner.weights()))
     plans = [generation.plan(domain, task, samples, seed=9) for task in domain.evaluation[:num_tasks]]
     rollouts = engine.generate([request for plan in plans for request in plan.requests], Sampling())
     groups = [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
@@ -293,22 +308,33 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean and 95 % interval over seeds of each arm, as Markdown."""
-    names = ("reward", "peak", "last", "kl", "entropy", "gap")
-    lines = ["| arm | n | collapsed | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
-    for arm in dict.fromkeys(
-        row["arm"] for row in sorted(rows, key=lambda row: [*ARMS, *INCONSISTENT].index(row["arm"]))
-    ):
-        mine = [row for row in rows if row["arm"] == arm]
-        cells = [_interval([row[name] for row in mine]) for name in names]
-        collapsed = f"{sum(row['collapsed'] for row in mine):.0f}"
-        lines.append(f"| {arm} | {len(mine)} | {collapsed} | " + " | ".join(cells) + " |")
+    """Mean and 95 % interval over seeds of each arm, as Markdown.
+
+    "against" is the reward less that of the first arm of the same kind with the same seed, and thus the same tasks.
+    """
+    names = ("reward", "peak", "lost", "kl", "entropy", "gap", "masked")
+    lines = [
+        "| arm | n | collapsed | reward | against | " + " | ".join(names[1:]) + " |",
+        "|---" * (4 + len(names)) + "|",
+    ]
+    by_arm = {arm: {r["seed"]: r for r in rows if r["arm"] == arm} for arm in (*ARMS, *INCONSISTENT)}
+    for kind in (ARMS, INCONSISTENT):
+        first = by_arm[next(iter(kind))]
+        for arm in kind:
+            mine = by_arm[arm]
+            if not mine:
+                continue
+            reward, *cells = [_interval([row[name] for row in mine.values()]) for name in names]
+            shared = [seed for seed in mine if seed in first and mine is not first]
+            against = _interval([mine[seed]["reward"] - first[seed]["reward"] for seed in shared])
+            collapsed = f"{sum(row['collapsed'] for row in mine.values()):.0f}"
+            lines.append("| " + " | ".join([arm, str(len(mine)), collapsed, reward, against, *cells]) + " |")
     return "\n".join(lines)
 
 
 def _interval(values: Sequence[float]) -> str:
     if len(values) < 2:
-        return f"{values[0]:.3g}"
+        return "".join(f"{value:.3g}" for value in values)
     half = T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.3g} +- {half:.2g}"
 

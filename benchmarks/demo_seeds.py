@@ -67,7 +67,7 @@ def figures(report: dict[str, Any]) -> seeds.Row:
         "final, greedy (%)": seeds.mean(greedy, "mixed"),
         "final - sparse base (points)": seeds.mean(sampled, "mixed") - seeds.mean(sampled, "sparse"),
         "final - sparse base, greedy (points)": seeds.mean(greedy, "mixed") - seeds.mean(greedy, "sparse"),
-        "mean |log-prob engine - learner|, worst stage": max(stages[s]["logprob_gap"] for s in rl),
+        "mean |log-prob engine - learner|, worst stage": max(stages[s]["engine/gap_mean"] for s in rl),
         "least loaded expert, share of choices": min(stages[s]["expert_min"] for s in ("pretrain", "sparse")),
         "tasks per domain": min(r["n"] for table in sampled.values() for r in table.values()),
         "domains with a median of >= 64 tokens": sum(

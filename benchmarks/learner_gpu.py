@@ -3,9 +3,10 @@
     python benchmarks/learner_gpu.py --out results.json [--profile] [--cases short,long]
 
 A DSA/MoE model of 0.6 B parameters (the attention of DeepSeek-V3.2 with 16 heads), random weights and tokens. "short":
-64 prompts x 8 completions of 512 tokens; "long": prompts of 8k to 16k, where the selection leaves something out. One
-update, from batches on the host to weights that have moved. FLOPs are the model's, three times those of the forward
-pass: nothing for what is computed twice. `--tiny` tries the script on a CPU.
+64 prompts of 128 tokens x 8 completions of 512; "long": 4 prompts of 8k to 16k x 8, where the selection leaves something
+out; "apart": without running a prompt once for all its completions. One update, from batches on the host to weights that
+have moved. FLOPs are the model's for the tokens that are run, three times those of the forward pass: nothing for what is
+computed twice. `--tiny` tries the script on a CPU.
 """
 
 import argparse
@@ -13,14 +14,14 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from posttrain import config, packing
+from posttrain import config, packing, prefixes
 from posttrain.learner import Learner, Setup
 from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32Config, DeepseekV32ForCausalLM
@@ -43,21 +44,25 @@ TINY = SHAPE | {
 
 @dataclass(frozen=True)
 class Case:
-    """The sequences of one step."""
+    """The sequences of one step: groups of completions of one length."""
 
-    num: int
+    num_prompts: int
     prompt: tuple[int, int]
     """Shortest and longest."""
     completion: int
     train: frozenset[str]
+    share_prompts: bool = True
 
 
 BOTH, MODEL = frozenset({"model", "indexer"}), frozenset({"model"})
+GROUP = 8
 CASES = {
-    "short": Case(512, (128, 128), 512, BOTH),
-    "short, indexer frozen": Case(512, (128, 128), 512, MODEL),
-    "long": Case(16, (8192, 16_384), 512, BOTH),
-    "long, indexer frozen": Case(16, (8192, 16_384), 512, MODEL),
+    "short": Case(64, (128, 128), 512, BOTH),
+    "short, indexer frozen": Case(64, (128, 128), 512, MODEL),
+    "short, apart": Case(64, (128, 128), 512, BOTH, share_prompts=False),
+    "long": Case(4, (8192, 16_384), 512, BOTH),
+    "long, indexer frozen": Case(4, (8192, 16_384), 512, MODEL),
+    "long, apart": Case(4, (8192, 16_384), 512, BOTH, share_prompts=False),
 }
 
 
@@ -87,7 +92,7 @@ def main() -> None:
         for name in args.cases.split(";"):
             case = CASES[name]
             if args.tiny:
-                case = Case(4, (40, 60), 20, case.train)
+                case = replace(case, num_prompts=2, prompt=(40, 60), completion=20)
             row = {"case": name, "matmul_flops": rate, **_measure(folder, shape, case, rate, args)}
             results.append(row)
             print(json.dumps(row), flush=True)
@@ -107,6 +112,7 @@ def _measure(folder: Path, shape: dict[str, Any], case: Case, rate: float, args:
             sharding=config.Sharding(recompute=args.recompute),
             device="cuda" if cuda else "cpu",
             dtype="bfloat16",
+            share_prompts=case.share_prompts,
         )
     )
     batches = _batches(shape, case, args.microbatch)
@@ -121,9 +127,13 @@ def _measure(folder: Path, shape: dict[str, Any], case: Case, rate: float, args:
         times.append(time.perf_counter() - began)
     assert "skipped" not in figures and np.isfinite(figures["loss"]), figures
     seconds = statistics.median(times[1:])
-    flops = _flops(shape, batches, index="indexer" in case.train)
+    shared = [prefixes.common(b) if case.share_prompts else None for b in batches]
+    flops = _flops(shape, batches, shared, index="indexer" in case.train)
     found = {
         "tokens": sum(len(b.tokens_T) for b in batches),
+        "tokens_run": sum(
+            len(b.tokens_T if s is None else s.place_T) for b, s in zip(batches, shared, strict=True)
+        ),
         "micro_batches": len(batches),
         "s": seconds,
         "s_steps": times,
@@ -140,24 +150,28 @@ def _measure(folder: Path, shape: dict[str, Any], case: Case, rate: float, args:
 def _batches(shape: dict[str, Any], case: Case, microbatch: int) -> list[Batch]:
     rng = np.random.default_rng(0)
     samples = []
-    for i in range(case.num):
-        prompt = int(rng.integers(case.prompt[0], case.prompt[1] + 1))
-        length = prompt + case.completion
-        samples.append(
-            Sample(
-                id=str(i),
-                tokens=rng.integers(6, shape["vocab_size"], length).astype(np.int32),
-                mask=np.arange(length) >= prompt,
-                logprobs=np.full(length, -10.0, np.float32),
-                advantage=float(rng.normal()),
-                group_size=8,
+    for group in range(case.num_prompts):
+        prompt = rng.integers(6, shape["vocab_size"], int(rng.integers(case.prompt[0], case.prompt[1] + 1)))
+        for i in range(GROUP):
+            length = len(prompt) + case.completion
+            completion = rng.integers(6, shape["vocab_size"], case.completion)
+            samples.append(
+                Sample(
+                    id=f"{group}#{i}",
+                    tokens=np.concatenate([prompt, completion]).astype(np.int32),
+                    mask=np.arange(length) >= len(prompt),
+                    logprobs=np.full(length, -10.0, np.float32),
+                    advantage=float(rng.normal()),
+                    group_size=GROUP,
+                )
             )
-        )
-    weights = packing.token_weights(samples, "sequence", num_groups=case.num // 4)
+    weights = packing.token_weights(samples, "sequence", num_groups=case.num_prompts)
     return packing.pack(samples, weights, tokens_per_batch=microbatch)
 
 
-def _flops(shape: dict[str, Any], batches: list[Batch], *, index: bool) -> float:
+def _flops(
+    shape: dict[str, Any], batches: list[Batch], shared: list[prefixes.Prefixes | None], *, index: bool
+) -> float:
     """Of the model: 3 x forward; multi-head attention up to top-k keys, absorbed beyond; scores of the indexer once."""
     s = shape
     heads, latent, rope = s["num_attention_heads"], s["kv_lora_rank"], s["qk_rope_head_dim"]
@@ -173,21 +187,14 @@ def _flops(shape: dict[str, Any], batches: list[Batch], *, index: bool) -> float
         + hidden * (s["index_head_dim"] + s["index_n_heads"])
     )
     forward, once, topk = 0.0, 0.0, s["index_topk"]
-    for batch in batches:
-        lengths = np.diff(batch.cu_seqlens_S).astype(float)
-        early, late = np.minimum(lengths, topk), np.maximum(lengths - topk, 0)
-        pairs = (early * (early + 1) / 2).sum() * (nope + rope + value) + late.sum() * topk * (
+    for batch, found in zip(batches, shared, strict=True):
+        keys = (batch.positions_T if found is None else batch.positions_T[found.place_T]).astype(float) + 1
+        pairs = keys[keys <= topk].sum() * (nope + rope + value) + (keys > topk).sum() * topk * (
             2 * latent + rope
         )
-        forward += 2 * len(batch.tokens_T) * (per_token + index * indexer) + 2 * layers * heads * pairs
+        forward += 2 * len(keys) * (per_token + index * indexer) + 2 * layers * heads * pairs
         forward += 2 * int(batch.mask_T.sum()) * hidden * s["vocab_size"]
-        once += (
-            2
-            * layers
-            * (lengths * (lengths + 1) / 2 * (lengths > topk)).sum()
-            * s["index_n_heads"]
-            * s["index_head_dim"]
-        )
+        once += 2 * layers * keys[keys > topk].sum() * s["index_n_heads"] * s["index_head_dim"]
     return 3 * forward + once
 
 

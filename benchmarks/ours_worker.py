@@ -81,7 +81,7 @@ def _remote(spec: worker.Spec, stack: ExitStack) -> Side:
     return Side(
         generate=pool.generate,
         train=lambda batches: learner.call("grpo_step", batches, config.Loss(clip=spec.clip), 1.0),
-        publish=lambda version: pool.load(version, learner.publish()),
+        publish=lambda version: pool.load(version, learner.publish),
     )
 
 

@@ -1,9 +1,14 @@
 """Our model in vLLM against vLLM's own DeepSeek-V3.2, on one GPU: the same random weights, requests and version of vLLM.
 
-    python benchmarks/vllm_rollouts.py --out results.json
+    python benchmarks/vllm_rollouts.py --out results.json --sizes 64x4096 16x32768
+    python benchmarks/vllm_rollouts.py --out gaps.json --sizes 4x4096 2x32768 --new 64 --gaps
+    python benchmarks/vllm_rollouts.py --out bits.json --sizes 8x4096 --deterministic --sides ours
 
-Each side runs in a process of its own, with CUDA graphs, greedy, without the prefix cache. The first pass of each size is thrown
-away. Sizes: the attention of DeepSeek-V3.2 (64 heads, 512 + 64, index 128, top-k 2048) with few, narrow layers. Not run yet.
+Each side runs in a process of its own, with CUDA graphs and without the prefix cache. Speed: greedy; the first pass of
+each size is thrown away. --gaps: tokens are sampled and their log-probs, as decoding gave them, compared with those of the
+learner, which is our model in bf16 in one packed pass. --deterministic: one more side, where products and kernels do not see the
+batch, with its speed; one prompt is then generated 1, 8, 64 and 65 times, on this side and on ours without it. Sizes: the
+attention of DeepSeek-V3.2 (64 heads, 512 + 64, index 128, top-k 2048) with few, narrow layers.
 """
 
 import argparse
@@ -25,88 +30,235 @@ SHAPE = {
     "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
     "topk_method": "noaux_tc", "scoring_func": "sigmoid",
 }  # fmt: skip
-SIZES = ((64, 4096), (64, 8192), (16, 32_768), (8, 4096))
+SIZES = ("64x4096", "64x8192", "16x32768", "8x4096")
 """Requests and prompt tokens."""
-NEW = 256
+REPEATS = (1, 8, 64, 65)
 
 
 def main() -> None:
-    """Run both sides and print the table."""
+    """Run the sides and print the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--side", choices=("ours", "stock"), help="what one process runs")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="REQUESTSxPROMPT")
+    parser.add_argument("--new", type=int, default=256, help="tokens generated of each request")
+    parser.add_argument("--sides", nargs="+", choices=("ours", "stock"), default=("ours", "stock"))
+    parser.add_argument("--gaps", action="store_true", help="against the learner, instead of speed")
+    parser.add_argument("--deterministic", action="store_true", help="one more side, and repeated prompts")
+    parser.add_argument(
+        "--init-range", type=float, default=0.05, help="of the weights; larger has more opinions"
+    )
+    parser.add_argument("--timeout", type=int, default=1200, help="seconds of one side")
+    parser.add_argument("--side", help="what one process runs")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     if args.side:
-        args.out.write_text(json.dumps(_side(args.side, args.folder)))
+        run = _learner if args.side == "learner" else _side
+        args.out.write_text(json.dumps(run(args)))
         return
+    sides = [*args.sides, *(["deterministic"] if args.deterministic else [])]
+    results: dict[str, Any] = {"argv": sys.argv[1:]}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        _write(folder)
-        results = {}
-        for side in ("ours", "stock"):
-            out = Path(temporary) / f"{side}.json"
-            command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--out", str(out)]
-            subprocess.run(command, check=True, timeout=1200)
-            results[side] = json.loads(out.read_text())
-    args.out.write_text(json.dumps(results, indent=2))
-    for ours, stock in zip(results["ours"], results["stock"], strict=True):
-        share = ours["tokens_per_s"] / stock["tokens_per_s"]
-        print(
-            f"{ours['requests']} x {ours['prompt']}: {ours['tokens_per_s']:.0f} tok/s, stock {stock['tokens_per_s']:.0f}, {share:.2f}x"
-        )
+        folder = Path(temporary)
+        _write(folder / "model", args.init_range)
+        for side in [*sides, *(["learner"] if args.gaps else [])]:
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", str(folder)]
+            command += ["--out", str(folder / f"{side}.json")]
+            done = subprocess.run(command, check=False, timeout=args.timeout)
+            if done.returncode:
+                print(f"{side}: failed with {done.returncode}", flush=True)
+                continue
+            results[side] = json.loads((folder / f"{side}.json").read_text())
+            args.out.write_text(json.dumps(results, indent=2))  # a later side may fail
+    _print(results, [side for side in sides if side in results])
 
 
-def _write(folder: Path) -> None:
+def _print(results: dict[str, Any], sides: list[str]) -> None:
+    if "learner" in results:
+        for row in results["learner"]:
+            print(row)
+        return
+    for i, size in enumerate(row["size"] for row in results[sides[0]]["speed"]):
+        speeds = {side: results[side]["speed"][i]["tokens_per_s"] for side in sides}
+        text = ", ".join(f"{side} {speed:.0f} tok/s" for side, speed in speeds.items())
+        if {"ours", "stock"} <= speeds.keys():
+            text += f"; ours is {speeds['ours'] / speeds['stock']:.2f}x of stock"
+        if {"ours", "deterministic"} <= speeds.keys():
+            text += f"; deterministic is {speeds['deterministic'] / speeds['ours']:.2f}x of ours"
+        print(f"{size}: {text}")
+    for side in sides:
+        for row in results[side].get("repeated", []):
+            print(side, row)
+
+
+def _write(folder: Path, init_range: float) -> None:
     import torch
 
     from posttrain.model import checkpoint
     from posttrain.model.arch import DeepseekV32Config, DeepseekV32ForCausalLM
 
     torch.manual_seed(0)
-    model = DeepseekV32ForCausalLM(DeepseekV32Config(**SHAPE)).bfloat16()
+    model = DeepseekV32ForCausalLM(DeepseekV32Config(**SHAPE, initializer_range=init_range)).bfloat16()
     checkpoint.save(model, folder)
 
 
-def _side(side: str, folder: Path) -> list[dict[str, Any]]:
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_USE_FLASHINFER_SAMPLER="0"
-    )
-    import numpy as np
-    import torch
-    from vllm import LLM, SamplingParams
-
+def _side(args: argparse.Namespace) -> dict[str, Any]:
     from posttrain.rollouts.vllm import plugin
 
+    deterministic = args.side == "deterministic"
+    # Not launch.environment: it also turns off what the stock model may compile.
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_USE_V2_MODEL_RUNNER="0",
+        VLLM_USE_FLASHINFER_SAMPLER="0",
+        VLLM_BATCH_INVARIANT=str(int(deterministic)),
+    )
+    from vllm import LLM
+
     plugin.register()  # the folder need not be installed
-    ours: dict[str, Any] = {"hf_overrides": plugin.OVERRIDES} if side == "ours" else {"tokenizer_mode": "hf"}
-    graphs: dict[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-    llm = LLM(
-        str(folder), skip_tokenizer_init=True, dtype="bfloat16", block_size=64, max_num_seqs=64, max_model_len=36_000,
-        max_num_batched_tokens=8192, gpu_memory_utilization=0.8, enable_prefix_caching=False,
-        compilation_config=graphs, **ours,
-    )  # fmt: skip
-    params = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True, detokenize=False)
-    rng, rows = np.random.default_rng(0), []
-    for requests, length in SIZES:
-        prompts: list[Any] = [
-            {"prompt_token_ids": rng.integers(6, SHAPE["vocab_size"], length).tolist()}
-            for _ in range(requests)
-        ]
-        llm.generate(prompts[:2], params, use_tqdm=False)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        torch.cuda.synchronize()
-        wall_s = time.perf_counter() - began
-        row = {
-            "requests": requests,
-            "prompt": length,
-            "wall_s": wall_s,
-            "tokens_per_s": requests * NEW / wall_s,
+    settings: dict[str, Any] = {"tokenizer_mode": "hf"}
+    if args.side != "stock":
+        settings = {
+            "hf_overrides": plugin.OVERRIDES,
+            "additional_config": {"backend": "auto", "deterministic": deterministic},
         }
-        rows.append(row | {"device": torch.cuda.get_device_name()})
-        print(side, row, flush=True)
+    longest = max(length for _, length in _sizes(args.sizes)) + args.new + 16
+    if deterministic:  # whole prompts, as VllmEngine has it
+        settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, longest)}
+    llm = LLM(
+        str(args.folder / "model"), skip_tokenizer_init=True, dtype="bfloat16", block_size=64, max_num_seqs=72,
+        max_model_len=longest, gpu_memory_utilization=0.8, enable_prefix_caching=False, async_scheduling=False,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        **({"max_num_batched_tokens": 8192} | settings),
+    )  # fmt: skip
+    if args.gaps:
+        return {"sampled": _sampled(llm, args)}
+    found: dict[str, Any] = {"speed": [_speed(llm, args, *size) for size in _sizes(args.sizes)]}
+    if args.deterministic:
+        found["repeated"] = _repeated(llm, args)
+    return found
+
+
+def _sizes(texts: list[str]) -> list[tuple[int, int]]:
+    return [(int(requests), int(length)) for requests, _, length in (text.partition("x") for text in texts)]
+
+
+def _prompts(requests: int, length: int) -> list[Any]:
+    import numpy as np
+
+    rng = np.random.default_rng(length)
+    return [
+        {"prompt_token_ids": rng.integers(6, SHAPE["vocab_size"], length).tolist()} for _ in range(requests)
+    ]
+
+
+def _speed(llm: Any, args: argparse.Namespace, requests: int, length: int) -> dict[str, Any]:
+    import torch
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=args.new, temperature=0.0, ignore_eos=True, detokenize=False)
+    prompts = _prompts(requests, length)
+    llm.generate(prompts[:2], params, use_tqdm=False)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    torch.cuda.synchronize()
+    wall_s = time.perf_counter() - began
+    row = {"size": f"{requests}x{length}", "wall_s": wall_s, "tokens_per_s": requests * args.new / wall_s}
+    row |= {"device": torch.cuda.get_device_name()}
+    print(args.side, row, flush=True)
+    return row
+
+
+def _sampled(llm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens sampled at temperature 1 and their log-probs."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=args.new, temperature=1.0, ignore_eos=True, detokenize=False, logprobs=0
+    )
+    rows = []
+    for requests, length in _sizes(args.sizes):
+        for prompt, output in zip(
+            prompts := _prompts(requests, length), llm.generate(prompts, params, use_tqdm=False), strict=True
+        ):
+            tokens = list(output.outputs[0].token_ids)
+            logps = [
+                found[token].logprob for token, found in zip(tokens, output.outputs[0].logprobs, strict=True)
+            ]
+            rows.append(
+                {
+                    "size": f"{requests}x{length}",
+                    "prompt": prompt["prompt_token_ids"],
+                    "tokens": tokens,
+                    "logps": logps,
+                }
+            )
+    return rows
+
+
+def _repeated(llm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whether one prompt has the same tokens and log-probs in every batch, greedy."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=args.new, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0
+    )
+    (prompt,) = _prompts(1, _sizes(args.sizes)[0][1])
+    first: Any = None
+    rows = []
+    for num in REPEATS:
+        answers = []
+        for output in llm.generate([prompt] * num, params, use_tqdm=False):
+            tokens = tuple(output.outputs[0].token_ids)
+            found = output.outputs[0].logprobs
+            answers.append(
+                (tokens, tuple(at[token].logprob for token, at in zip(tokens, found, strict=True)))
+            )
+        first = first or answers[0]
+        rows.append(
+            {
+                "batch": num,
+                "same_tokens": sum(answer[0] == first[0] for answer in answers),
+                "same_logprobs": sum(answer == first for answer in answers),
+            }
+        )
+    return rows
+
+
+def _learner(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Gaps between each side's log-probs and those of one packed pass of our model over the same tokens."""
+    import numpy as np
+    import torch
+
+    from posttrain.gaps import gap_figures
+    from posttrain.model import checkpoint
+    from posttrain.model.context import PackedContext
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = checkpoint.load(args.folder / "model", dtype=torch.bfloat16, device=device)
+    backend = model.backend("auto")
+    print(f"learner: {backend}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for side in (
+        side for side in ("ours", "stock", "deterministic") if (args.folder / f"{side}.json").exists()
+    ):
+        gaps: dict[str, list[Any]] = {}
+        for row in json.loads((args.folder / f"{side}.json").read_text())["sampled"]:
+            tokens = torch.tensor(row["prompt"] + row["tokens"], device=device)
+            ends = torch.tensor([0, len(tokens)], device=device)
+            context = PackedContext(attention="sparse", backend=backend, cu_seqlens_S=ends)
+            at = torch.arange(len(row["prompt"]) - 1, len(tokens) - 1, device=device)
+            with torch.no_grad():
+                logp = model(tokens, context, at).log_softmax(-1).gather(1, tokens[at + 1, None])[:, 0]
+            gaps.setdefault(row["size"], []).append(np.array(row["logps"], np.float32) - logp.cpu().numpy())
+        for size, found in gaps.items():
+            figures = gap_figures(np.concatenate(found))
+            rows.append({"side": side, "size": size, "tokens": sum(map(len, found))} | figures)
+    means = {(row["side"], row["size"]): row["gap_mean"] for row in rows}
+    for row in rows:
+        stock = means.get(("stock", row["size"]))
+        if stock and row["side"] != "stock":
+            row["of_stock"] = row["gap_mean"] / stock
     return rows
 
 

@@ -88,34 +88,36 @@ def attend(
     value_size: int,
     deterministic: bool,
     index: Index | None = None,
+    weight_T: Tensor | None = None,
 ) -> tuple[Tensor, Kl | None]:
     """Latent output [T, H, R] in q's dtype over the kept entries; with an index that trains, its KL too.
 
     q is [absorbed query | rotary query], in the dtype of the entries (gradients of the entries add up in fp32).
     slots are int32, -1 (or anything else out of range) is no entry; a row without any gives zeros. Whatever of
-    q, entries and index requires a gradient gets one; without grad mode there is no KL. dQ and the KL are the
+    q, entries and index requires a gradient gets one; without grad mode there is no KL. In the KL's sum a query
+    counts weight times, once by default. dQ and the KL are the
     same bits every time; the gradients of entries and index keys are if deterministic. Raises ValueError on
     shapes and types that do not fit.
     """
     entries_SE = entries_SE.contiguous()
     settings = (scale, value_size, deterministic)
     if index is None or not torch.is_grad_enabled():
-        o_THR, _ = _Attend.apply(q_THE, entries_SE, slots_TK, None, None, None, None, *settings)
+        o_THR, _ = _Attend.apply(q_THE, entries_SE, slots_TK, None, None, None, None, None, *settings)
         return o_THR, None
     value = torch.full((), float("nan"), dtype=torch.float32, device=q_THE.device)
     indexer = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
-    o_THR, loss = _Attend.apply(q_THE, entries_SE, slots_TK, *indexer, value, *settings)
+    o_THR, loss = _Attend.apply(q_THE, entries_SE, slots_TK, *indexer, weight_T, value, *settings)
     return o_THR, Kl(loss, value)
 
 
-def warmup_loss(index: Index, attention: Attention, ranges: Ranges) -> Tensor:
+def warmup_loss(index: Index, attention: Attention, ranges: Ranges, weight_T: Tensor | None = None) -> Tensor:
     """The indexer's warm-up loss, fp32 scalar: sum over queries of D_KL(p || softmax I) over all keys (V3.2-Exp Eq. 3).
 
-    p is the head-mean of the attention, which gets no gradient; q, k and w of the index do. The bits are always
-    the same. Raises ValueError for what does not fit.
+    p is the head-mean of the attention, which gets no gradient; q, k and w of the index do. A query counts weight
+    times, once by default. The bits are always the same. Raises ValueError for what does not fit.
     """
     parts = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
-    loss: Tensor = _WarmupLoss.apply(*parts, attention, ranges)
+    loss: Tensor = _WarmupLoss.apply(*parts, attention, ranges, weight_T)
     return loss
 
 
@@ -124,15 +126,17 @@ class _WarmupLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        q_TJI, k_SI, w_TJ, attention, ranges = args
-        kl_T, *grads = warmup_kl(attention, q_TJI, k_SI, w_TJ, ranges, w_TJ.new_ones(len(w_TJ)))
+        q_TJI, k_SI, w_TJ, attention, ranges, weight_T = args
+        weight_T = w_TJ.new_ones(len(w_TJ)) if weight_T is None else weight_T
+        kl_T, *grads = warmup_kl(attention, q_TJI, k_SI, w_TJ, ranges, weight_T)
         parts = zip(grads, (q_TJI, k_SI, w_TJ), strict=True)
         ctx.save_for_backward(*(grad.to(x.dtype) for grad, x in parts))
-        return kl_T.sum()
+        total: Tensor = (kl_T * weight_T).sum()
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return *(grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None
+        return *(grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
 
 
 class _Attend(torch.autograd.Function):
@@ -147,13 +151,14 @@ class _Attend(torch.autograd.Function):
             q_TJI,
             k_SI,
             w_TJ,
+            weight_T,
             ctx.value,
             ctx.scale,
             value_size,
             ctx.deterministic,
         ) = args
         o_THR, lse_TH = sparse_mla_triton.forward(q_THE, entries_SE, slots_TK, ctx.scale, value_size)
-        ctx.save_for_backward(q_THE, entries_SE, slots_TK, o_THR, lse_TH, q_TJI, k_SI, w_TJ)
+        ctx.save_for_backward(q_THE, entries_SE, slots_TK, o_THR, lse_TH, q_TJI, k_SI, w_TJ, weight_T)
         if not any(ctx.needs_input_grad[:2]):  # only the indexer trains
             ctx.mark_non_differentiable(o_THR)
         return o_THR, None if ctx.value is None else torch.full_like(ctx.value, float("nan"))
@@ -161,7 +166,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """dQ and the target first; from them the KL and its gradients, weighted by the gradient of its sum."""
-        q_THE, entries_SE, slots_TK, o_THR, lse_TH, q_TJI, k_SI, w_TJ = ctx.saved_tensors
+        q_THE, entries_SE, slots_TK, o_THR, lse_TH, q_TJI, k_SI, w_TJ, weight_T = ctx.saved_tensors
         do_THR, dloss = grads
         needs = ctx.needs_input_grad
         trains_index = any(needs[3:6])
@@ -179,12 +184,12 @@ class _Attend(torch.autograd.Function):
         dindex: tuple[Tensor | None, ...] = (None, None, None)
         if trains_index:
             assert p_TK is not None, "asked for with_target"
-            weight_T = dloss.float().expand(len(q_THE)).contiguous()
+            weight_T = w_TJ.new_ones(len(w_TJ)) if weight_T is None else weight_T
             kl_T, *dparts = indexer_kl_triton.indexer_kl(
-                q_TJI, k_SI, w_TJ, slots_TK, p_TK, weight_T, deterministic=ctx.deterministic
+                q_TJI, k_SI, w_TJ, slots_TK, p_TK, weight_T * dloss.float(), deterministic=ctx.deterministic
             )
-            ctx.value.copy_(kl_T.sum())
+            ctx.value.copy_((kl_T * weight_T).sum())
             parts = zip(dparts, (q_TJI, k_SI, w_TJ), needs[3:6], strict=True)
             dindex = tuple(d.to(x.dtype) if needed else None for d, x, needed in parts)
         dmodel = (dq_THE if needs[0] else None, dentries_SE.to(entries_SE.dtype) if needs[1] else None)
-        return *dmodel, None, *dindex, None, None, None, None
+        return *dmodel, None, *dindex, None, None, None, None, None

@@ -25,6 +25,8 @@ from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, fits_gluon
 PART = 512
 """Kept entries of a part."""
 FEW_HEADS = Tiles(heads=32)
+SLOTS = 1024
+"""Kept positions that one program turns into slots."""
 
 
 @triton.jit
@@ -158,21 +160,12 @@ def attend(
     if not N:
         return o_BQHR, lse_BQH
     q_BQHE, kept_BQK = q_BQHE.contiguous(), kept_BQK.contiguous()
+    out = (acc_NCHR, m_NCH, total_NCH)
     if by_gluon:
-        slots_NK = kept_BQK.new_empty(N, parts * part)
-        _slots_kernel[(N, triton.cdiv(parts * part, 1024))](
-            table_BM, kept_BQK, slots_NK, pages.room, pages.block_size, table_BM.stride(0),
-            Q=Q, K=K, PLACES=parts * part, BLOCK=1024,
-        )  # fmt: skip
-        gluon = sparse_mla_gluon
-        gluon.part_kernel[(N, parts, H // gluon.TILE)](
-            q_BQHE, pool_PSE, slots_NK, acc_NCHR, m_NCH, total_NCH, scale, len(pool_PSE) * pages.block_size,
-            pool_PSE.stride(1), H=H, R=R, P=E - R, PART=part, PARTS=parts, KB=max(part, 32 * gluon.WARPS),
-            BH=gluon.TILE, BK=gluon.TILE, num_warps=gluon.WARPS,
-        )  # fmt: skip
+        _parts_by_gluon(q_BQHE, pages, kept_BQK, scale, part, out)
     else:
         _part_kernel[(N, parts, triton.cdiv(H, BH))](
-            q_BQHE, pool_PSE, table_BM, kept_BQK, acc_NCHR, m_NCH, total_NCH, scale,
+            q_BQHE, pool_PSE, table_BM, kept_BQK, *out, scale,
             pages.room, pages.block_size, table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
             Q=Q, H=H, R=R, P=E - R, K=K, BH=BH, BR=block(R), BP=block(E - R), BK=tiles.keys,
             PART=part, PARTS=parts, INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
@@ -181,6 +174,26 @@ def attend(
         acc_NCHR, m_NCH, total_NCH, o_BQHR, lse_BQH, H=H, R=R, BR=block(R), PARTS=parts, num_warps=2
     )
     return o_BQHR, lse_BQH
+
+
+def _parts_by_gluon(
+    q_BQHE: Tensor, pages: Pages, kept_BQK: Tensor, scale: float, part: int, out: tuple[Tensor, ...]
+) -> None:
+    """The same parts; positions become rows of the pool first."""
+    (_, Q, H, E), K = q_BQHE.shape, kept_BQK.shape[-1]
+    N, parts, _, R = out[0].shape
+    pool_PSE, table_BM = pages.entries_PSE, pages.table_BM
+    slots_NK = kept_BQK.new_empty(N, parts * part)
+    _slots_kernel[(N, triton.cdiv(parts * part, SLOTS))](
+        table_BM, kept_BQK, slots_NK, pages.room, pages.block_size, table_BM.stride(0),
+        Q=Q, K=K, PLACES=parts * part, BLOCK=SLOTS,
+    )  # fmt: skip
+    gluon = sparse_mla_gluon
+    gluon.part_kernel[(N, parts, H // gluon.TILE)](
+        q_BQHE, pool_PSE, slots_NK, *out, scale, len(pool_PSE) * pages.block_size, pool_PSE.stride(1),
+        H=H, R=R, P=E - R, PART=part, PARTS=parts, KB=max(part, 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
+        num_warps=gluon.WARPS,
+    )  # fmt: skip
 
 
 def _fits_gluon(q_BQHE: Tensor, pages: Pages, value_size: int) -> bool:

@@ -73,7 +73,8 @@ class DsaAttention(hf.DeepseekV32Attention):
             q_index_TJI, k_index_TI, w_TJ = tokens.index()
         if by_triton and (sparse or warmup):
             kept_TK = None if context.replay_kept is None else context.replay_kept[self.layer_idx]
-            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ * self.indexer.head_dim**-0.5, kept_TK)
+            w_TJ = w_TJ * self.indexer.head_dim**-0.5
+            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ, kept_TK, context.query_weights_T)
         if context.diagnose or ((sparse or warmup) and not by_triton):
             scores_BQL = self._index_scores(q_index_TJI, k_index_TI, w_TJ, context)
             absorbed_THE = self._latent_queries(q_nope_THN, q_rot_THP)
@@ -132,7 +133,8 @@ class DsaAttention(hf.DeepseekV32Attention):
         record.kept_BQK = kept_BQK
         if context.indexer_loss == "sparse":
             kept_scores_TK = context.flat(scores_BQL.gather(-1, kept_BQK.clamp(min=0)))
-            kl = reference.indexer_kl(p_TK, kept_scores_TK, context.flat(kept_BQK >= 0)).sum()
+            kl_T = reference.indexer_kl(p_TK, kept_scores_TK, context.flat(kept_BQK >= 0))
+            kl = (kl_T if context.query_weights_T is None else kl_T * context.query_weights_T).sum()
             record.add_kl(kl, kl.detach())
         return self._values(o_THR)
 
@@ -157,7 +159,8 @@ class DsaAttention(hf.DeepseekV32Attention):
             keys = (kv_SH[..., : self.qk_nope_head_dim], k_rot_SP.contiguous())
             lse_TH = attention_lse(q_THE, *keys, ranges, self.scaling)
         attention = warmup_kl_triton.Attention(q_THE, *keys, lse_TH, self.scaling)
-        kl = dsa.warmup_loss(dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ), attention, ranges)
+        index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
+        kl = dsa.warmup_loss(index, attention, ranges, rows.weight_T)
         context.record(self.layer_idx).add_kl(kl, kl.detach())
 
     def _sparse_by_triton(
@@ -174,13 +177,18 @@ class DsaAttention(hf.DeepseekV32Attention):
         if split is None:
             assert ranges is not None, "no rows"
             return self._attend_kept(rows, entries_SE, keys_SI, ranges, context)
-        early = rows.select(split.early_T)
+        early, early_entries_TE, early_keys_TI = rows, entries_TE, k_index_TI
+        if ranges is not None:
+            early = rows.select(split.early_T)
+            early_entries_TE, early_keys_TI = (
+                x.index_select(0, split.early_T) for x in (entries_TE, k_index_TI)
+            )
         q_THE = torch.cat((early.q_nope_THN, early.q_rot_THP), dim=-1)
-        early_entries_TE = entries_TE.index_select(0, split.early_T)
         early_THV = self._dense(q_THE, early_entries_TE, split.early)
         if context.indexer_loss == "sparse" and torch.is_grad_enabled():
-            early_keys_TI = k_index_TI.index_select(0, split.early_T)
-            self._dense_kl_by_triton(early, early_entries_TE, early_keys_TI, split.early_ranges, context)
+            early_entries_SE = split.early.slotted(self.layer_idx, "entries", early_entries_TE)
+            early_keys_SI = split.early.slotted(self.layer_idx, "index", early_keys_TI)
+            self._dense_kl_by_triton(early, early_entries_SE, early_keys_SI, split.early_ranges, context)
         if ranges is None:
             return early_THV
         late_THV = self._attend_kept(rows.select(split.late_T), entries_SE, keys_SI, ranges, context)
@@ -205,6 +213,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             value_size=self.kv_lora_rank,
             deterministic=context.backend.deterministic,
             index=index if context.indexer_loss == "sparse" else None,
+            weight_T=rows.weight_T,
         )
         record = context.record(self.layer_idx)
         if kl is not None:
@@ -313,10 +322,12 @@ class _Rows:
     """With every factor."""
     kept_TK: Tensor | None
     """Positions in the document to keep instead of the indexer's choice."""
+    weight_T: Tensor | None
+    """How often each counts in the indexer's loss; None: once."""
 
     def select(self, at: Tensor) -> "_Rows":
-        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ, self.kept_TK)
-        return _Rows(*(part if part is None else part.index_select(0, at) for part in parts))  # type: ignore[arg-type]  # only kept_TK may be None
+        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ, self.kept_TK, self.weight_T)
+        return _Rows(*(part if part is None else part.index_select(0, at) for part in parts))  # type: ignore[arg-type]  # only the last two may be None
 
 
 def _has_dense_rows(context: Context) -> bool:

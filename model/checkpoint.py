@@ -27,6 +27,11 @@ SHARED_FIELDS = (
 """Fields that mean the same in `deepseek_v3` and `deepseek_v32`."""
 
 
+ROUTER: dict[str, Any] = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""How every model of ours routes, in the words of DeepSeek's own config. transformers knows no other way and writes none
+of it; vLLM reads it, and without it would route by softmax and leave the bias out."""
+
+
 def load(
     path: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> DeepseekV32ForCausalLM:
@@ -57,6 +62,11 @@ def index_topk(path: Path | str) -> int:
     return int(_config(path).index_topk)
 
 
+def max_length(path: Path | str) -> int:
+    """Tokens of the longest sequence that a checkpoint's model has positions for."""
+    return int(_config(path).max_position_embeddings)
+
+
 def load_dense(
     path: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> DeepseekV32ForCausalLM:
@@ -80,6 +90,7 @@ def load_dense(
 
 def save(model: DeepseekV32ForCausalLM, path: Path, tokenizer: Any = None) -> None:
     """Write a `deepseek_v32` folder (safetensors)."""
+    model.config.update(ROUTER)
     with quiet():
         model.save_pretrained(str(path))
     if tokenizer is not None:
@@ -89,7 +100,7 @@ def save(model: DeepseekV32ForCausalLM, path: Path, tokenizer: Any = None) -> No
 def save_dense(model: DeepseekV32ForCausalLM, path: Path, tokenizer: Any = None) -> None:
     """Write the model without its indexers as a dense `deepseek_v3` folder."""
     fields = {name: getattr(model.config, name) for name in SHARED_FIELDS}
-    config = DeepseekV3Config(**fields, rope_interleave=True)
+    config = DeepseekV3Config(**fields, **ROUTER, rope_interleave=True)
     with torch.device("meta"):
         dense = DeepseekV3ForCausalLM(config)
     weights = {n: t for n, t in model.state_dict().items() if ".indexer." not in n}

@@ -22,6 +22,7 @@ from torch import Tensor
 from posttrain.kernels import reference
 from posttrain.kernels.backend import TORCH, Backend
 from posttrain.kernels.pages import Pages
+from posttrain.model.regrid import to_flat, to_grid
 
 if TYPE_CHECKING:  # triton exists on Linux only
     from posttrain.kernels.index_topk_triton import Ranges
@@ -66,6 +67,7 @@ class Context(Protocol):
     diagnose: bool
     record_kept: bool
     positions_T: Tensor
+    query_weights_T: Tensor | None
     query_positions_BQ: Tensor
     records: dict[int, LayerRecord]
     replay_experts: dict[int, Tensor] | None
@@ -173,6 +175,8 @@ class Base:
     replay_kept: dict[int, Tensor] | None = None
     """Per layer [T, K], any integer type: positions in the document, ascending, -1 = none at the end, to use instead
     of the indexer's top-k. Rows that could keep all their keys must do so."""
+    query_weights_T: Tensor | None = None
+    """For how many tokens of the documents each one that is run stands, in sums over queries (shared.py); None: one."""
     query_positions_BQ: Tensor = field(default_factory=lambda: torch.zeros(0))
     num_keys: int = 0
     parts: Sequence[Part] = ()
@@ -216,10 +220,17 @@ class PackedContext(Base):
         self._shape, self.num_keys = (rows, width), width
 
     def grid(self, x_T: Tensor) -> Tensor:
-        return x_T.index_select(0, self._to_grid).view(*self._shape, *x_T.shape[1:])
+        x_N = x_T if self._full else to_grid(x_T, self._to_grid, self._to_flat)
+        return x_N.view(*self._shape, *x_T.shape[1:])
 
     def flat(self, x_BQ: Tensor) -> Tensor:
-        return x_BQ.flatten(0, 1).index_select(0, self._to_flat)
+        x_N = x_BQ.flatten(0, 1)
+        return x_N if self._full else to_flat(x_N, self._to_flat)
+
+    @property
+    def _full(self) -> bool:
+        """Whether all rows have the same length, so that grid and tokens are the same numbers in the same order."""
+        return len(self._to_grid) == len(self._to_flat)
 
     def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         return self.grid(x_T)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
-from posttrain.model.checkpoint import SHARED_FIELDS
+from posttrain.model.checkpoint import ROUTER, SHARED_FIELDS
 
 SOURCES = ("deepseek_v3", "glm4_moe_lite")
 FP8_BLOCK = 128
@@ -86,6 +86,7 @@ def convert(
     tensors = _converted(source, files, config, counts, permute=permute)
     _write_shards(out, _with_indexers(tensors, config, seed), shard_bytes)
     config.architectures = ["DeepseekV32ForCausalLM"]
+    config.update(ROUTER)
     config.save_pretrained(str(out))
     for pattern in COPIED_FILES:
         for file in source.glob(pattern):

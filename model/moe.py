@@ -39,7 +39,10 @@ class DsaMoE(hf.DeepseekV32MoE):
         record.experts_TE = experts_TE
         # Not bincount, which waits for the device: a CUDA graph could not capture it.
         chosen = experts_TE.reshape(-1)
-        record.load_X = chosen.new_zeros(self.gate.num_experts).index_add_(0, chosen, torch.ones_like(chosen))
+        counts = torch.ones_like(chosen)
+        if context.query_weights_T is not None:
+            counts = context.query_weights_T.to(chosen.dtype).repeat_interleave(experts_TE.shape[1])
+        record.load_X = chosen.new_zeros(self.gate.num_experts).index_add_(0, chosen, counts)
         # Few tokens, as in generation, cost least in one batched product; many, as in training, one by one.
         run = self.run or (run_padded if torch.is_inference_mode_enabled() else run_each)
         gate_up, down = (w.transpose(1, 2) for w in (self.experts.gate_up_proj, self.experts.down_proj))

@@ -88,8 +88,14 @@ def paged(
     max_length: int,
     record_kept: bool = False,
 ) -> PagedContext:
-    """The context of a pass; no sequence is longer than max_length, which decides the grid of Triton's kernels."""
+    """The context of a pass; no sequence is longer than max_length, which decides the grid of Triton's kernels.
+
+    With a deterministic backend no sequence's bits depend on the others: torch's attention, which would pad all that
+    decode to the longest, takes them one by one.
+    """
     num_single = next((i for i, count in enumerate(new.counts_B) if count != 1), len(new.counts_B))
+    if backend.deterministic and (backend.name == "torch" or attention == "dense"):
+        num_single = 0
     shapes = [(0, num_single, 1)] if num_single else []
     shapes += [(i, 1, new.counts_B[i]) for i in range(num_single, len(new.counts_B)) if new.counts_B[i]]
     parts, start = [], 0

@@ -5,7 +5,9 @@ on one machine the tensors lie in Ray's shared memory. Next: ../rollouts/torch_e
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +34,27 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     names = sorted(tensors)
     sums = [_sums(tensors[name]) for name in names]
     told = [f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}" for name in names]
-    numbers = torch.stack(sums).tolist() if sums else []
-    return hashlib.sha256(repr((told, numbers)).encode()).hexdigest()
+    return hashlib.sha256(repr((told, _on_host(sums))).encode()).hexdigest()
+
+
+def verify(weights: Weights, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError unless the weights are all of those, as they were sent, and finite."""
+    if differing := sorted(shapes.keys() ^ weights.tensors.keys()):
+        raise ValueError(
+            f"weights refused: {len(differing)} names differ from the engine's, {differing[0]} first"
+        )
+    if checksum(weights.tensors) != weights.checksum:
+        raise ValueError("weights refused: their checksum is not the learner's; they changed on the way")
+    for name, tensor in weights.tensors.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"weights refused: {name} is {tuple(tensor.shape)}, the engine's {tuple(shapes[name])}"
+            )
+    floats = [name for name, tensor in weights.tensors.items() if tensor.is_floating_point()]
+    finite = [weights.tensors[name].isfinite().all() for name in floats]
+    for name, fine in zip(floats, _on_host(finite), strict=True):
+        if not fine:
+            raise ValueError(f"weights refused: {name} is not finite")
 
 
 @torch.no_grad()
@@ -44,25 +65,33 @@ def take(model: nn.Module, weights: Weights) -> None:
     RuntimeError if the model does not hold them afterwards.
     """
     held = model.state_dict()
-    if differing := sorted(held.keys() ^ weights.tensors.keys()):
-        raise ValueError(
-            f"weights refused: {len(differing)} names differ from the engine's, {differing[0]} first"
-        )
-    if checksum(weights.tensors) != weights.checksum:
-        raise ValueError("weights refused: their checksum is not the learner's; they changed on the way")
-    for name, tensor in weights.tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"weights refused: {name} is not finite")
-        if tensor.shape != held[name].shape:
-            raise ValueError(
-                f"weights refused: {name} is {tuple(tensor.shape)}, the engine's {tuple(held[name].shape)}"
-            )
+    verify(weights, {name: tensor.shape for name, tensor in held.items()})
     for name, tensor in weights.tensors.items():
         held[name].copy_(tensor)
     if checksum(held) != weights.checksum:
         raise RuntimeError(
             "the engine does not hold the weights that it was sent; its types differ, or memory is bad"
         )
+
+
+class Asleep:
+    """A model without the memory of what a checkpoint holds, until wake(); its parameters stay the same objects."""
+
+    def __init__(self, model: nn.Module) -> None:
+        held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+        self._shapes = [(tensor, tensor.shape) for tensor in held.values()]
+        for tensor, _ in self._shapes:
+            tensor.data = tensor.data.new_empty(0)
+
+    def wake(self) -> None:
+        """Memory again, with whatever lies there."""
+        for tensor, shape in self._shapes:
+            tensor.data = tensor.data.new_empty(shape)
+
+
+def _on_host(values: Sequence[Tensor]) -> list[Any]:
+    """Small tensors of one shape as lists: one wait for the device, not one for each."""
+    return torch.stack([value.to(values[0].device) for value in values]).tolist() if values else []
 
 
 def _sums(tensor: Tensor) -> Tensor:
@@ -77,4 +106,4 @@ def _sums(tensor: Tensor) -> Tensor:
     columns = flat[:end].view(-1, width).sum(0, dtype=torch.int64)
     columns[: len(flat) - end] += flat[end:]
     place = torch.arange(1, width + 1, device=flat.device)
-    return torch.stack((columns.sum(), (columns * place).sum())).cpu()
+    return torch.stack((columns.sum(), (columns * place).sum()))

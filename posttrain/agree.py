@@ -1,7 +1,7 @@
 """`posttrain agree`: how far an engine is from the learner on the same checkpoint, as numbers.
 
 The engine samples; one packed pass of the learner's model per rollout gives its log-probs, kept keys and experts for the
-same tokens. Left out: the share of rows with a tie at the k-th key. Next: rollouts/vllm/engine.py, loss.py.
+same tokens. Next: rollouts/vllm/engine.py, loss.py.
 
 Shape letters: M sampled tokens, N layers, Q queries, K kept keys, E experts per token.
 """
@@ -27,6 +27,7 @@ from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Rollout
 from posttrain.table import columns
 from posttrain.tasks import load_tasks
+from posttrain.ties import Ties
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,8 @@ class Agreement:
     kl_learner: float
     ratio_min: float
     ratio_max: float
+    ties: float
+    """Share of queries whose k-th key has the score of the next one (ties.py)."""
     experts: float | None
     """Share of tokens and MoE layers with the same experts; None without any."""
     jaccard: tuple[float, ...]
@@ -95,10 +98,12 @@ def measure(
     temperature: float = 1.0,
 ) -> Agreement:
     """The agreement of rollouts, sampled without truncation, with a model; kept keys and experts where recorded."""
-    gaps, same_experts = [], []
+    gaps, same_experts, ties = [], [], []
     overlaps: dict[int, list[NDArray[Any]]] = {}
     for rollout in rollouts:
-        logp, context = _learner_pass(model, rollout, attention, temperature)
+        logp, context, tied = _learner_pass(model, rollout, attention, temperature)
+        if tied is not None:
+            ties.append(tied)
         gaps.append((rollout.logprobs[1:] - logp)[rollout.sampled[1:]])
         num = len(rollout.tokens) - 1
         experts = [r.experts_TE for _, r in sorted(context.records.items()) if r.experts_TE is not None]
@@ -115,6 +120,7 @@ def measure(
     return Agreement(
         **gap_figures(log_M),
         num_tokens=len(log_M),
+        ties=float(np.mean(ties)) if ties else 0.0,
         experts=float(np.concatenate(same_experts).mean()) if same_experts else None,
         jaccard=tuple(_mean(np.concatenate(overlaps[layer])) for layer in sorted(overlaps)),
     )
@@ -123,8 +129,8 @@ def measure(
 @torch.no_grad()
 def _learner_pass(
     model: DeepseekV32ForCausalLM, rollout: Rollout, attention: Literal["dense", "sparse"], temperature: float
-) -> tuple[NDArray[np.float32], PackedContext]:
-    """Log-probs [L - 1] of every token but the first, and the pass's records."""
+) -> tuple[NDArray[np.float32], PackedContext, float | None]:
+    """Log-probs [L - 1] of every token but the first, the pass's records, and its ties if it leaves keys out."""
     device = model.lm_head.weight.device
     tokens = torch.from_numpy(rollout.tokens.astype(np.int64)).to(device)
     context = PackedContext(
@@ -133,10 +139,13 @@ def _learner_pass(
         record_kept=True,
         cu_seqlens_S=torch.tensor([0, len(tokens)], device=device),
     )
-    logits = model(tokens, context)[:-1]
+    topk = int(model.config.index_topk)
+    with Ties(model, context.cu_seqlens_S, topk) as ties:
+        logits = model(tokens, context)[:-1]
     logp = sampling.processed_logprobs(logits, temperature, 1.0).gather(1, tokens[1:, None])[:, 0]
     found: NDArray[np.float32] = logp.cpu().numpy()
-    return found, context
+    chooses = attention == "sparse" and len(tokens) > topk
+    return found, context, ties.share if chooses else None
 
 
 def _jaccard(a_QK: NDArray[Any], b_QK: NDArray[Any]) -> NDArray[Any]:
@@ -159,6 +168,7 @@ def _table(found: Agreement) -> str:
         ["KL(engine || learner), KL(learner || engine)", f"{found.kl_engine:.1e}, {found.kl_learner:.1e}"],
         ["learner / engine, least and most", f"{found.ratio_min:.6f}, {found.ratio_max:.6f}"],
     ]
+    rows.append(["queries with a tie at the last key kept", f"{found.ties:.4%}"])
     if found.experts is not None:
         rows.append(["same experts", f"{found.experts:.4%}"])
     rows += [[f"kept keys in common, layer {n}", f"{share:.4%}"] for n, share in enumerate(found.jaccard)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain import config, graph, levels
 from posttrain.config import Domain, Pretrain, Reward, Rl, Run
+from posttrain.fit import check_engines
 from posttrain.rewards.base import Verdict, judge, load_object, load_reward, reference_rollout
 from posttrain.schema import Task
 from posttrain.table import columns
@@ -60,6 +61,7 @@ class Report:
 def check(cfg: Run, *, config_only: bool = False) -> Report:
     """Raise ValueError for the first thing that cannot work."""
     stages = tuple(_stage_line(stage) for stage in cfg.stages)
+    check_engines(cfg)
     if config_only:
         return Report(cfg=cfg, stages=stages)
     check_outside(cfg, expand(cfg))

@@ -20,6 +20,7 @@ import ray
 from posttrain import config, process
 from posttrain.group import Group, Place
 from posttrain.learner import Learner, Setup
+from posttrain.model.transport import Audience
 from posttrain.rollouts.pool import Pool, PoolSetup, no_answer
 from posttrain.rollouts.vllm import launch
 from posttrain.schema import Batch
@@ -70,6 +71,7 @@ class Cluster:
         cluster = self.cfg.cluster
         setup = replace(setup, device=self.device, dtype=cluster.dtype, sharding=cluster.sharding)
         setup = replace(setup, backend=cluster.backend, deterministic=cluster.deterministic)
+        setup = replace(setup, sync_folder=self.cfg.path / ".sync", timeout_s=cluster.step_timeout_s / 2)
         backend = self.wait([actor.start.remote(setup) for actor in actors], "learner.start")
         self._note("learner", backend)
         return RemoteLearner(self, actors)
@@ -83,7 +85,9 @@ class Cluster:
             self._pool = Pool(self.cfg.cluster, self._actor_options("engine"))
         cluster = self.cfg.cluster
         setup = replace(setup, device=self.device, dtype=cluster.dtype, threads=self.threads)
-        self._pool.start(replace(setup, backend=cluster.backend))
+        setup = replace(setup, backend=cluster.backend, sync_timeout_s=cluster.step_timeout_s / 2)
+        setup = replace(setup, deterministic=cluster.deterministic)
+        self._pool.start(setup)
         self._note("rollouts", self._pool.backend)
         return self._pool
 
@@ -146,7 +150,8 @@ class Cluster:
         for name, value in process.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if self.cfg.rollouts.engine == "vllm":
-            os.environ.update(launch.ENVIRONMENT)
+            invariant = self.cfg.cluster.deterministic and self.device != "cpu"
+            os.environ.update(launch.environment(invariant=invariant))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray gives its workers the lowest priority but four; our actors are the work, not a guest of it.
@@ -184,6 +189,7 @@ class RemoteLearner:
     def __init__(self, cluster: Cluster, actors: Sequence[Any]) -> None:
         self._cluster, self._actors = cluster, actors
         self._pending: list[Any] | None = None
+        self._gpus: list[str] = []
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run a method of Learner and wait for its result, which is that of the first rank."""
@@ -203,9 +209,22 @@ class RemoteLearner:
         self._pending = None
         return figures
 
-    def publish(self) -> Any:
-        """A reference to the weights in the object store, to be handed to Pool.load."""
-        return self._call("published", (), {})[0]
+    def publish(self, engines: Sequence[str], generation: int, only: int | None) -> list[Any]:
+        """References to what each rank offers the engines: for Pool.load."""
+        if not self._gpus:
+            self._gpus = [
+                str(self._cluster.wait([actor.gpu.remote()], "learner.gpu")) for actor in self._actors
+            ]
+        audience = Audience(
+            engines=tuple(engines),
+            ranks=tuple(self._gpus),
+            generation=generation,
+            choice=self._cluster.cfg.rollouts.sync,
+            sleeping=self._cluster.cfg.rollouts.sleep,
+            only=only,
+        )
+        audience.routes()  # an impossible choice is an error here, not in every actor
+        return self._call("offer", (audience,), {})
 
     def close(self) -> None:
         """End the stage's learner; the actors stay for the next one."""
@@ -253,7 +272,7 @@ class _LearnerActor:
         torch.use_deterministic_algorithms(setup.deterministic)  # what is not ours: index_add, SDPA, ...
         # Its other effect would be a pass over every new buffer.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self._learner = Learner(setup, self._group)
+        self._learner = Learner(replace(setup, host=ray.util.get_node_ip_address()), self._group)
         return str(self._learner.backend)
 
     def call(self, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
@@ -261,5 +280,11 @@ class _LearnerActor:
         function: Callable[..., Any] = getattr(self._learner, method)
         return function(*args, **kwargs)
 
+    def gpu(self) -> str:
+        assert self._learner is not None, "started before"
+        return self._learner.gpu()
+
     def stop(self) -> None:
+        if self._learner is not None:
+            self._learner.close()
         self._learner = None

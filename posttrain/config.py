@@ -4,7 +4,6 @@ A recipe is a TOML file; several files merge left to right, then `--set a.b=c`. 
 is the order of execution. Next: schema.py for the nouns, pipeline.py for how stages run.
 """
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -354,6 +353,17 @@ class Rollouts(Model):
     """Memory of a vLLM engine's cache; sequences that do not fit wait, or are computed again."""
     batched_tokens: int = Field(2048, ge=16)
     """New tokens of one pass of vLLM; a longer prompt is computed in chunks. More are faster and need memory."""
+    attention: Literal["ours", "stock"] = "ours"
+    """What selects and attends in vLLM: "ours" is the learner's code, "stock" vLLM's own, which runs one geometry in
+    bf16 on some GPUs and records nothing. Dense checkpoints are always served by ours."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices of one engine. More than one is refused, with what a device must hold."""
+    sync: Literal["auto", "memory", "ipc", "broadcast", "disk"] = "auto"
+    """How weights reach the engines (docs/vllm.md); "auto" is memory on the CPU, ipc on a shared GPU, else broadcast."""
+    sleep: bool = False
+    """Engines give up weights and cache while the learner trains, where both are on one device."""
+    device_gib: float = Field(0, ge=0)
+    """Memory of an engine's device, for check where there is no such device; 0 = what this machine has."""
 
     @property
     def plain(self) -> bool:
@@ -481,7 +491,7 @@ class Cluster(Model):
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Kernels of the sparse attention in learner and engines; "auto" is Triton's for bf16 on a GPU that fits them."""
     deterministic: bool = False
-    """Gradients of a step are the same bits every time; on a GPU this costs speed (kernels/README.md)."""
+    """A step's gradients, and in vLLM a request in any batch, are the same bits every time; on a GPU this costs speed."""
     threads: int = Field(0, ge=0)
     """torch threads per actor; 0 = as many as there are idle cores when the run starts."""
     reward_workers: int = Field(0, ge=0)
@@ -557,17 +567,7 @@ def load(files: Sequence[str | Path], settings: Sequence[str] = ()) -> Run:
 
     Raises ValueError with one line per problem: where, what is wrong, what is allowed.
     """
-    data: dict[str, Any] = {}
-    for file in files:
-        try:
-            layer = tomllib.loads(Path(file).read_text())
-        except OSError as error:
-            raise ValueError(f"cannot read config {str(file)!r}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not valid TOML: {error}") from None
-        data = overrides.merge(data, layer)
-    for setting in settings:
-        overrides.apply(data, setting)
+    data = overrides.read(files, settings)
     try:
         return Run.model_validate(data)
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """A batch where the learner computes, its valid tokens singled out. Next: learner.py.
 
-Shape letters: T tokens of a batch, S sequences in it, M valid (predicted) tokens, N layers, K kept entries, E experts.
+Shape letters: T tokens that are run, F places of the batch (as many, unless prompts are shared), S sequences in it, M
+valid (predicted) tokens, N layers, K kept entries, E experts.
 """
 
 from dataclasses import dataclass, replace
@@ -11,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posttrain import prefixes
 from posttrain.logprob import KeptIds
 from posttrain.schema import Batch
-from posttrain.sharing import Part
+from posttrain.sharing import Part, Sharing
 
 
 @dataclass(slots=True)
@@ -30,9 +32,16 @@ class DeviceBatch:
     experts_NTE: Tensor | None
     kept_NTK: Tensor | None
     kept_ids: KeptIds | None
+    part: Part | None = None
+    """What this rank runs of it, where ranks share each batch."""
+    shared: tuple[Tensor, Tensor] | None = None
+    """token_F and place_T of prefixes.py, where prompts are shared; cu_seqlens_S cuts places."""
 
-    def cut(self, part: Part) -> "DeviceBatch":
-        """The tokens that a rank runs and the valid ones predicted from them; weights and sequences stay whole."""
+    def own(self) -> "DeviceBatch":
+        """The tokens that this rank runs and the valid ones predicted from them; weights and sequences stay whole."""
+        part = self.part
+        if part is None:
+            return self
         own_T, own_M = slice(part.begin, part.end), slice(part.first, part.last)
         return replace(
             self,
@@ -45,8 +54,13 @@ class DeviceBatch:
         )
 
 
-def on_device(batch: Batch, device: str) -> DeviceBatch:
-    """The batch on a device."""
+def on_device(
+    batch: Batch, device: str, sharing: Sharing | None = None, *, share_prompts: bool = False
+) -> DeviceBatch:
+    """The batch on a device; sharing: this process among ranks that share it.
+
+    With share_prompts, prompts that samples have in common are there once.
+    """
     valid_M = np.flatnonzero(batch.mask_T)
     lengths_S = np.diff(batch.cu_seqlens_S)
     sequence_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
@@ -61,14 +75,19 @@ def on_device(batch: Batch, device: str) -> DeviceBatch:
         rows_R = np.repeat(np.arange(len(masked_N)), counts_M[masked_N])
         ids_R = batch.sampling_mask.ids.astype(np.int64)
         kept_ids = KeptIds(tensor(masked_N), tensor(rows_R), tensor(ids_R))
+    shared = prefixes.common(batch) if share_prompts else None
+    run = slice(None) if shared is None else shared.place_T
+    at_M = tensor(valid_M - 1 if shared is None else shared.token_F[valid_M - 1])
     return DeviceBatch(
-        tokens_T=tensor(batch.tokens_T),
+        tokens_T=tensor(batch.tokens_T[run]),
         cu_seqlens_S=tensor(batch.cu_seqlens_S),
-        at_M=tensor(valid_M - 1),
+        at_M=at_M,
         targets_M=tensor(batch.tokens_T[valid_M]),
         weight_M=tensor(batch.weight_T[valid_M]),
         sequence_M=tensor(sequence_T[valid_M]),
-        experts_NTE=None if batch.experts_NTE is None else tensor(batch.experts_NTE),
-        kept_NTK=None if batch.kept_NTK is None else tensor(batch.kept_NTK),
+        experts_NTE=None if batch.experts_NTE is None else tensor(batch.experts_NTE[:, run]),
+        kept_NTK=None if batch.kept_NTK is None else tensor(batch.kept_NTK[:, run]),
         kept_ids=kept_ids,
+        part=None if sharing is None else sharing.part(len(batch.tokens_T), at_M),
+        shared=None if shared is None else (tensor(shared.token_F), tensor(shared.place_T)),
     )

@@ -69,6 +69,8 @@ def pool_setup(checkpoint: Path, cfg: Rollouts) -> PoolSetup:
         max_rows=cfg.max_rows,
         cache_bytes=cfg.cache_mib << 20,
         batched_tokens=cfg.batched_tokens,
+        sleep=cfg.sleep,
+        stock=cfg.attention == "stock" and attention == "sparse",
     )
 
 

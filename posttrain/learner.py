@@ -11,6 +11,7 @@ Shape letters: T tokens of a batch, M valid (predicted) tokens of it, X experts.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,10 +30,12 @@ from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint, lora
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext, PartContext
 from posttrain.model.moe import update_bias
-from posttrain.model.weights import Weights, pack
+from posttrain.model.shared import SharedContext
+from posttrain.model.transport import Audience, Offer, Sender
 from posttrain.optimizer import Optimizers
+from posttrain.publisher import Publisher
 from posttrain.schema import Batch
-from posttrain.shards import whole
+from posttrain.ties import watch
 
 Figures = dict[str, float]
 
@@ -66,7 +69,15 @@ class Setup:
     deterministic: bool = False
     max_logits: int = logprob.MAX_LOGITS
     """That exist together, at most."""
+    share_prompts: bool = True
+    """Run the prompt of a group once per batch, and not once per completion."""
     seed: int = 0
+    host: str = "127.0.0.1"
+    """Where engines reach this process."""
+    sync_folder: Path | None = None
+    """For weights that go by disk."""
+    timeout_s: float = 1800
+    """For engines to come for weights."""
 
     def __post_init__(self) -> None:
         """ValueError where an indexer would silently stay untrained, or its loss be computed for nothing."""
@@ -126,6 +137,10 @@ class Learner:
             self.model, setup.optimizer, train=set(setup.train), total_steps=setup.total_steps
         )
         self.version = 0
+        sender = Sender(
+            torch.device(setup.device), host=setup.host, folder=setup.sync_folder, timeout_s=setup.timeout_s
+        )
+        self._publisher = Publisher(self.model, group, setup.lora, sender, dtype=dtype)
         self._writer = training_state.Writer(None if group is None else group.snapshots)
         self._load: dict[int, Any] = {}
         self._nonfinite_ids: list[str] = []
@@ -159,23 +174,25 @@ class Learner:
         sums: defaultdict[str, float] = defaultdict(float)
         valid = sum(int(b.mask_T.sum()) for b in batches)
         for each in self._passes(batches):
-            batch, tensors = each.batch, self._on_device(each.batch)
+            batch, tensors = each.batch, self._on_device(each.batch, share_prompts=True)
             context = self._context(tensors, self.setup.indexer_loss)
-            with_entropy = settings.entropy_coef > 0
             teacher, teacher_M = self._taught(batch, tensors, temperature)
-            policy = self._policy(
-                self.model, tensors, context, temperature, with_entropy=with_entropy, teacher=teacher
-            )
+            looks = self._sharing is None and each.index == len(batches) - 1  # the longest; a part lacks keys
+            ties = watch(self.model, tensors) if looks else None
+            with ties or nullcontext():
+                wanted: dict[str, Any] = {"with_entropy": settings.entropy_coef > 0, "teacher": teacher}
+                policy = self._policy(self.model, tensors, context, temperature, **wanted)
             ref_M = None if settings.kl == "none" else self._reference_logprobs(tensors, temperature)
             coef = 0.0 if self.setup.mopd is None else self.setup.mopd.coef
-            values = loss.values(
-                batch, tensors, policy, settings, ref_M=ref_M, teacher_M=teacher_M, teacher_coef=coef
-            )
+            given = (batch, tensors, policy, settings)
+            values = loss.values(*given, ref_M=ref_M, teacher_M=teacher_M, teacher_coef=coef)
             objective, figures = loss.policy_loss(values, settings)
             if each.index is not None:
                 seen[each.index] = policy.logp_M.detach().cpu().numpy()
                 for name, value in figures.items():
                     sums[name] += self._counts * float(value) / valid
+            if ties is not None:
+                sums["ties"] = ties.share
             self._backward(objective, objective, each, context, sums, share=self._share(batches))
         return self._finish(sums, batches), self._in_order(seen)
 
@@ -184,7 +201,7 @@ class Learner:
         """Log-probs of the valid tokens of each batch under the current weights and what the batch replays."""
         found: dict[int, NDArray[np.float32]] = {}
         for each in self._passes(batches):
-            tensors = self._on_device(each.batch)
+            tensors = self._on_device(each.batch, share_prompts=True)
             logp_M = self._logprobs(self.model, tensors, self._context(tensors), temperature)
             if each.index is not None:
                 found[each.index] = logp_M.cpu().numpy()
@@ -193,7 +210,7 @@ class Learner:
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Held-out figures of the DSA conversion (diagnosis.py). Every rank runs all batches."""
-        found = (self._on_device(batch) for batch in batches)
+        found = (on_device(batch, self.setup.device) for batch in batches)
 
         def run(tensors: DeviceBatch, context: PackedContext) -> Tensor:
             return self._logprobs(self.model, tensors, context)
@@ -202,19 +219,19 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, adapters merged, on the CPU; of several ranks the first has it."""
-        found: dict[str, Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
-            weight = whole(tensor.detach())
-            if self._first:
-                found[name] = weight.cpu()
-        adapters = self.setup.lora
-        if adapters is None or not self._first:
-            return found
-        return lora.merged(found, rank=adapters.rank, alpha=adapters.alpha)
+        return self._publisher.weights()
 
-    def published(self) -> Weights:
-        """The same with its checksum: what engines are sent."""
-        return pack(self.weights())
+    def offer(self, audience: Audience) -> Offer | None:
+        """The same for engines."""
+        return self._publisher.offer(audience)
+
+    def gpu(self) -> str:
+        """The id of this rank's GPU; "" without one."""
+        return self._publisher.gpu
+
+    def close(self) -> None:
+        """Give up what engines read from."""
+        self._publisher.close()
 
     def save(self, path: Path, *, dense: bool = False) -> None:
         """Write a Hugging Face checkpoint; dense drops the indexers and writes deepseek_v3."""
@@ -286,11 +303,14 @@ class Learner:
             "indexer_loss": indexer_loss,
             "cu_seqlens_S": tensors.cu_seqlens_S,
         }
-        if self._sharing is None:
+        part, tensors = tensors.part, tensors.own()
+        context: PackedContext
+        if tensors.shared is not None:
+            token_F, place_T = tensors.shared
+            context = SharedContext(**common, token_F=token_F, place_T=place_T)
+        elif part is None or self._sharing is None:
             context = PackedContext(**common)
         else:
-            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
-            tensors = tensors.cut(part)
             gather = partial(self._sharing.keys, part=part)
             context = PartContext(**common, begin=part.begin, end=part.end, gather=gather)
         if tensors.kept_NTK is not None:
@@ -300,8 +320,10 @@ class Learner:
             context.replay_experts = dict(zip(layers, tensors.experts_NTE, strict=True))
         return context
 
-    def _on_device(self, batch: Batch) -> DeviceBatch:
-        return on_device(batch, self.setup.device)
+    def _on_device(self, batch: Batch, *, share_prompts: bool = False) -> DeviceBatch:
+        """Ranks that share each batch cut it by places: they run every prompt as often as it stands there."""
+        share_prompts = share_prompts and self.setup.share_prompts and self._sharing is None
+        return on_device(batch, self.setup.device, self._sharing, share_prompts=share_prompts)
 
     def _logprobs(
         self, model: Any, tensors: DeviceBatch, context: PackedContext, temperature: float = 1.0
@@ -319,11 +341,8 @@ class Learner:
         teacher: logprob.Hidden | None = None,
     ) -> logprob.Read:
         """What is read off the logits [M], of the whole batch also where ranks share it; the teacher's are the part's."""
-        part = None
-        if isinstance(context, PartContext):
-            assert self._sharing is not None, "the context is from _context"
-            part = self._sharing.part(len(tensors.tokens_T), tensors.at_M)
-            tensors = tensors.cut(part)
+        part = tensors.part
+        tensors = tensors.own()
 
         def read(x_MD: Tensor, head_VD: Tensor) -> logprob.Read:
             hidden, limit = logprob.Hidden(x_MD, head_VD), self.setup.max_logits
@@ -348,9 +367,7 @@ class Learner:
         context = self._context(tensors)
         if self.setup.mopd.form == "sampled":
             return None, self._logprobs(model, tensors, context, temperature)
-        if isinstance(context, PartContext):
-            assert self._sharing is not None, "the context is from _context"
-            tensors = tensors.cut(self._sharing.part(len(tensors.tokens_T), tensors.at_M))
+        tensors = tensors.own()
         return model(tensors.tokens_T, context, tensors.at_M, logprob.Hidden), None
 
     @torch.no_grad()

@@ -111,9 +111,7 @@ def policy_loss(values: Values, settings: config.Loss) -> tuple[Tensor, dict[str
         objective_M = cispo_objective(v.logp_M, ratio_M, v.advantage_M, v.high_M)
     else:
         objective_M = clipped_objective(ratio_M, v.advantage_M, v.low_M, v.high_M)
-    gap_M = (v.logp_M - v.engine_M).detach()
     figures = {
-        "logprob_gap": gap_M.abs().sum(),
         "clipped": _clipped(ratio_M.detach(), v, settings).sum(),
         "surprise": -v.logp_M.detach().sum(),
     }

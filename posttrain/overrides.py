@@ -2,8 +2,25 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+
+def read(files: Sequence[str | Path], settings: Sequence[str]) -> dict[str, Any]:
+    """The merged files with the `a.b=c` applied; ValueError names the file that cannot be read."""
+    data: dict[str, Any] = {}
+    for file in files:
+        try:
+            layer = tomllib.loads(Path(file).read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read config {str(file)!r}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not valid TOML: {error}") from None
+        data = merge(data, layer)
+    for setting in settings:
+        apply(data, setting)
+    return data
 
 
 def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.prefixes import prompt_of
 from posttrain.schema import Batch, Sample, SamplingMask
 
 Norm = Literal["sequence", "token", "constant"]
@@ -41,23 +42,30 @@ def token_weights(samples: Sequence[Sample], norm: Norm, num_groups: int) -> lis
 def pack(samples: Sequence[Sample], weights: Sequence[float], *, tokens_per_batch: int) -> list[Batch]:
     """Batches of at most tokens_per_batch tokens (one longer sample gets its own), neighbours in length.
 
-    Sorting by length keeps the documents of a batch alike, which the grid inside attention likes. A batch has one
-    teacher, or none.
+    Sorting by length keeps the documents of a batch alike, which the grid inside attention likes; completions of one
+    prompt stay together, by the longest, because the prompt is run once per batch (prefixes.py). A batch has one teacher,
+    or none.
     """
+    prompts = [prompt_of(s.tokens, s.mask).tobytes() for s in samples]
+    longest: dict[bytes, int] = {}
+    for prompt, sample in zip(prompts, samples, strict=True):
+        longest[prompt] = max(longest.get(prompt, 0), len(sample.tokens))
 
-    def rank(i: int) -> tuple[int, int, str]:
-        teacher = samples[i].teacher
-        return -1 if teacher is None else teacher, len(samples[i].tokens), samples[i].id
+    def rank(i: int) -> tuple[int, int, bytes, int, str]:
+        sample, prompt = samples[i], prompts[i]
+        teacher = -1 if sample.teacher is None else sample.teacher
+        return teacher, longest[prompt], prompt, len(sample.tokens), sample.id
 
-    order = sorted(range(len(samples)), key=rank)
     batches: list[Batch] = []
     chosen: list[int] = []
-    for i in order:
-        # The grid of a batch is (number of documents) x (longest document), and i is the longest yet.
-        full = (len(chosen) + 1) * len(samples[i].tokens) > tokens_per_batch
+    width = 0
+    for i in sorted(range(len(samples)), key=rank):
+        # The grid of a batch is (number of documents) x (longest document).
+        width = max(width, len(samples[i].tokens))
+        full = (len(chosen) + 1) * width > tokens_per_batch
         if chosen and (full or samples[i].teacher != samples[chosen[0]].teacher):
             batches.append(_batch([samples[j] for j in chosen], [weights[j] for j in chosen]))
-            chosen = []
+            chosen, width = [], len(samples[i].tokens)
         chosen.append(i)
     if chosen:
         batches.append(_batch([samples[j] for j in chosen], [weights[j] for j in chosen]))

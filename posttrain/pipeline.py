@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import disk
 from posttrain.config import Distill, Run
+from posttrain.fit import check_engines
 from posttrain.job import Job, Result, stage_seed
 from posttrain.ledger import Ledger
 from posttrain.memory import PeakMemory
@@ -67,6 +68,7 @@ def run(cfg: Run, *, only: str | None = None, until: str | None = None, dry_run:
     every = expand(cfg)
     units = select(every, only=only, until=until)
     check_outside(cfg, units)
+    check_engines(cfg)
     store = Store(cfg.path)
     if dry_run:
         above = ancestors(cfg, every, units[0]) if only is not None else []

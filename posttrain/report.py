@@ -227,9 +227,9 @@ def _summary(cfg: Run, report: dict[str, Any]) -> dict[str, Any]:
             before = mean_pass(evaluated.get(base, {}), [domain])
             if own is not None and before is not None:
                 summary[f"specialist_{domain}_points"] = round(100 * (own - before), 4)
-    gaps = [values["logprob_gap"] for values in figures.values() if "logprob_gap" in values]
+    gaps = [values["engine/gap_mean"] for values in figures.values() if "engine/gap_mean" in values]
     if gaps:
-        summary["logprob_gap"] = max(gaps)
+        summary["engine_gap"] = max(gaps)
     if report["peak_rss_bytes"]:
         summary["peak_rss_bytes"] = report["peak_rss_bytes"]
     if report["load"]:
@@ -281,8 +281,8 @@ def _words(summary: Mapping[str, Any]) -> dict[str, str]:
             f"{summary['final_minus_base_points']:+.1f} points"
             + ("" if greedy is None else f" (greedy {greedy:+.1f})")
         )
-    if "logprob_gap" in summary:
-        words["mean |log-prob of engine - of learner|"] = f"{summary['logprob_gap']:.1e}"
+    if "engine_gap" in summary:
+        words["mean |log-prob of engine - of learner|"] = f"{summary['engine_gap']:.1e}"
     return words
 
 

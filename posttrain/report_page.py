@@ -138,10 +138,10 @@ def _recall_tile(summary: Mapping[str, Any]) -> str:
 
 
 def _logprob_tile(summary: Mapping[str, Any]) -> str:
-    if "logprob_gap" not in summary:
+    if "engine_gap" not in summary:
         return ""
     note = "mean difference of log-probabilities, worst RL stage"
-    return _tile("Engine against learner", short(summary["logprob_gap"]), note)
+    return _tile("Engine against learner", short(summary["engine_gap"]), note)
 
 
 def _samples_tile(ledger: Mapping[str, int]) -> str:
@@ -341,7 +341,9 @@ def _rollouts(by_stage: Mapping[str, Rows]) -> list[Chart]:
     return [
         Chart(title="Length", unit="sampled tokens", series=lines("mean_tokens")),
         Chart(title="Groups with a signal", unit="share", series=lines("signal"), share=True),
-        Chart(title="Engine against learner", unit="|log-prob gap|", series=lines("logprob_gap"), log=True),
+        Chart(
+            title="Engine against learner", unit="|log-prob gap|", series=lines("engine/gap_mean"), log=True
+        ),
     ]
 
 

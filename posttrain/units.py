@@ -108,7 +108,7 @@ def check_outside(cfg: Run, units: Sequence[Unit]) -> None:
 def depends_on(cfg: Run, unit: Unit) -> dict[str, Any]:
     """Everything in the config that can change a unit's output: what its config hash is made of.
 
-    Not in it: out and cluster (where the work runs), snapshots, the other stages, and whether to evaluate.
+    Not in it: out and cluster (where the work runs), how weights travel, snapshots, the other stages, and whether to evaluate.
     """
     parts: dict[str, Any] = {"seed": cfg.seed}
     if isinstance(unit, EvaluateUnit):
@@ -118,7 +118,7 @@ def depends_on(cfg: Run, unit: Unit) -> dict[str, Any]:
     else:
         parts |= unit.model_dump(mode="json", exclude={"evaluate"})
     if isinstance(unit, Rl | Distill | EvaluateUnit):
-        parts["rollouts"] = cfg.rollouts.model_dump(mode="json")
+        parts["rollouts"] = cfg.rollouts.model_dump(mode="json", exclude={"sync", "sleep", "device_gib"})
     if isinstance(unit, Pretrain | Warmup | Sparse | Rl | Sft):
         parts["learner"] = cfg.learner.model_dump(mode="json")
     parts["domains"] = {d.name: d.model_dump(mode="json") for d in _domains(cfg, unit)}

@@ -23,6 +23,9 @@ class FakeEngine:
         """Note the version; there is nothing to load into."""
         self.version = version
 
+    def sleep(self) -> None:
+        """There is nothing to give up."""
+
     def close(self) -> None:
         """Nothing is held."""
 

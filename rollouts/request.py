@@ -18,7 +18,14 @@ class Request:
     seed: int
     max_new_tokens: int
     max_turns: int = 1
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a turn, beside the tokenizer's stop token; they stay in its text."""
     environment: Environment = single_turn
+
+    def obstacle(self, vocabulary: int) -> str | None:
+        """Why a model of so many tokens cannot serve it."""
+        unknown = [id for id in self.stop_ids if not 0 <= id < vocabulary]
+        return f"stop token {unknown[0]} is not among the model's {vocabulary} tokens" if unknown else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

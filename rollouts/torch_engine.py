@@ -22,7 +22,7 @@ from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
-from posttrain.model.weights import Weights, take
+from posttrain.model.weights import Asleep, Weights, take
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.dialogue import Dialogue, end_turns
 from posttrain.rollouts.environment import Failed
@@ -61,6 +61,9 @@ class TorchEngine:
         self.eos_token_id = tokenizer.eos_token_id  # transformers looks it up anew every time
         self.attention: AttentionMode = attention
         self.version = 0
+        self._asleep: Asleep | None = None
+        self._unfit = False
+        """Awake, and the weights were refused."""
         self.device = next(model.parameters()).device
         self.decoder = Decoder(self.model, attention)
 
@@ -81,8 +84,17 @@ class TorchEngine:
 
     def load(self, version: int, weights: Weights) -> None:
         """Take the learner's weights of that version; ValueError, and nothing changes, if they are not whole."""
+        if self._asleep is not None:
+            self._asleep.wake()
+            self._asleep, self._unfit = None, True
         take(self.model, weights)
-        self.version = version
+        self._unfit, self.version = False, version
+
+    def sleep(self) -> None:
+        """Give up the memory of the weights until the next load."""
+        if self._asleep is None:
+            self.decoder = Decoder(self.model, self.attention)  # the old one has copies
+            self._asleep = Asleep(self.model)
 
     def close(self) -> None:
         """The memory goes with the object."""
@@ -92,6 +104,10 @@ class TorchEngine:
         self, requests: Sequence[Request], settings: Sampling, *, max_rows: int = 256
     ) -> list[Rollout]:
         """One rollout per request, in order. Requests of one task should stand together: they share a prefill."""
+        if self._asleep is not None or self._unfit:
+            raise RuntimeError(
+                "the engine has no weights to serve: it gave them up to sleep; load them again"
+            )
         self.decoder.refresh()
         tasks = {r.task.id: r.task for r in requests}
         prompts = {id: chat.encode_prompt(self.tokenizer, task) for id, task in tasks.items()}
@@ -99,8 +115,28 @@ class TorchEngine:
         for start in range(0, len(requests), max_rows):
             wave = enumerate(requests[start : start + max_rows], start)
             rows = [_Row(r, prompts[r.task.id], order=i) for i, r in wave]
-            done.update(_Wave(self, rows, settings).run())
+            why = [row.request.obstacle(self.model.config.vocab_size) for row in rows]
+            done |= {row.order: self._refused(row, text) for row, text in zip(rows, why, strict=True) if text}
+            served = [row for row in rows if row.order not in done]
+            if served:
+                done |= _Wave(self, served, settings).run()
         return [done[i] for i in range(len(requests))]
+
+    def _refused(self, row: _Row, why: str) -> Rollout:
+        """What a request gets that cannot be served."""
+        stop, outcome, text = row.end(self.tokenizer, row.prompt, Failed("error", why), cut=False)
+        return Rollout(
+            task_id=row.request.task.id,
+            index=row.request.index,
+            tokens=np.array(row.prompt, np.int32),
+            sampled=np.zeros(len(row.prompt), np.bool_),
+            logprobs=np.zeros(len(row.prompt), np.float32),
+            text=text,
+            messages=(),
+            stop=stop,
+            outcome=outcome,
+            policy_version=self.version,
+        )
 
     def cache(self, rows: int, length: int) -> StaticCache:
         """An empty cache for all layers."""
@@ -228,7 +264,10 @@ class _Wave:
         if settings.record_mask:
             self._record_mask(logp_BV, sampled_B & self.alive_B)
         self.lengths_B[live] += 1
-        ended_B = sampled_B & (token_B == self.engine.eos_token_id) & (not settings.ignore_eos)
+        ended_B = token_B == self.engine.eos_token_id
+        if any(row.request.stop_ids for row in self.rows):
+            ended_B |= [int(t) in row.request.stop_ids for t, row in zip(token_B, self.rows, strict=True)]
+        ended_B &= sampled_B & (not settings.ignore_eos)
         full_B = self.lengths_B >= self.limits_B
         ended = [int(i) for i in live[ended_B[live]]]
         stops = dict(zip(ended, self._end_turns(ended), strict=True))

@@ -17,6 +17,7 @@ from posttrain.kernels import (
     fp8_triton,
     index_topk_triton,
     indexer_kl_triton,
+    invariant_triton,
     sparse_mla_backward_triton,
     sparse_mla_triton,
     warmup_kl_triton,
@@ -120,6 +121,11 @@ def _in_fp32() -> None:
     indexer_kl_triton.indexer_kl(*index, slots, p, weight, deterministic=False)
 
 
+def _invariant(dtype: torch.dtype) -> None:
+    weight = torch.zeros(1, 4096, 7168, dtype=dtype)
+    invariant_triton.product(torch.zeros(1, QUERIES, 7168, dtype=dtype), weight.transpose(1, 2))
+
+
 LAUNCHES: dict[str, Launch] = {
     **{
         f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h), spill=32)
@@ -144,5 +150,7 @@ LAUNCHES: dict[str, Launch] = {
     "all of a small model in fp32": Launch(call=_in_fp32),
     # Fewer registers than it would like, so that three share a multiprocessor: faster all the same.
     "indexer KL": Launch(call=lambda: _indexer_kl(deterministic=False), spill=96),
+    "batch-invariant product": Launch(call=lambda: _invariant(torch.bfloat16)),
+    "batch-invariant product, fp32": Launch(call=lambda: _invariant(torch.float32)),
     "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True)),
 }

@@ -21,6 +21,7 @@ from posttrain import config, mixture, pipeline, snapshots
 from posttrain.learner import Learner, Setup
 from posttrain.ledger import Ledger
 from posttrain.model import checkpoint
+from posttrain.model.weights import pack
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Rollout, Task
 
@@ -90,9 +91,9 @@ class LocalLearner:
         before, self._before = self._before, None
         return before
 
-    def publish(self) -> Any:
+    def publish(self, *_: Any) -> Any:
         """The weights and their checksum; the engine copies them."""
-        return self._learner.published()
+        return pack(self._learner.weights())
 
 
 class LocalPool:
@@ -103,9 +104,9 @@ class LocalPool:
     def __init__(self, path: Path) -> None:
         self._engine = TorchEngine(checkpoint.load(path), checkpoint.load_tokenizer(path), "sparse")
 
-    def load(self, version: int, weights: Any) -> None:
+    def load(self, version: int, publish: Any) -> None:
         """Take new weights."""
-        self._engine.load(version, weights)
+        self._engine.load(version, publish())
 
     def generate(self, requests: Any, settings: Any, _: Any) -> list[Rollout]:
         """One rollout per request."""

@@ -1,5 +1,6 @@
 """The torch engine: cached decoding is the full forward, samples depend on their seed alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from posttrain.model.weights import pack
+from posttrain.model.weights import Weights, pack
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.environment import Stateless
 from posttrain.rollouts.request import Request, Sampling
@@ -249,3 +250,46 @@ def test_uniform_numbers_are_uniform_and_differ_between_neighbours() -> None:
     assert len(np.unique(numbers)) > 9_990
     grid = numbers.reshape(50, 200)
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
+
+
+def test_a_request_stops_at_its_own_tokens_and_unknown_ones_are_an_error() -> None:
+    engine = TorchEngine(tiny.model(topk=7, seed=1), TOKENIZER)
+    task = next(iter(sorting.tasks(seed=0, n=1)))
+    plain = Request(task=task, index=0, seed=4, max_new_tokens=30)
+    (whole,) = engine.generate([plain], Sampling())
+    start = int(whole.sampled.argmax())
+    stop = int(whole.tokens[start + 5])
+    first = start + whole.tokens[start:].tolist().index(stop)
+    requests = [replace(plain, stop_ids=(3, stop)), replace(plain, stop_ids=(9999,)), plain]
+    cut, unknown, other = engine.generate(requests, Sampling())
+    assert cut.tokens.tolist() == whole.tokens[: first + 1].tolist() and cut.stop == "eos"
+    assert unknown.stop == "error" and unknown.num_sampled == 0
+    assert unknown.outcome == {"error": f"stop token 9999 is not among the model's {221} tokens"}
+    assert other.tokens.tolist() == whole.tokens.tolist()
+    (alone,) = engine.generate([requests[1]], Sampling())
+    assert alone.stop == "error"
+    (ignored,) = engine.generate([requests[0]], Sampling(ignore_eos=True))
+    assert ignored.num_sampled == 30
+
+
+def test_an_engine_that_sleeps_has_no_weights_until_they_are_loaded() -> None:
+    model = tiny.model(topk=7, seed=1)
+    engine = TorchEngine(model, TOKENIZER)
+    requests = [
+        Request(task=t, index=0, seed=i, max_new_tokens=8) for i, t in enumerate(sorting.tasks(seed=0, n=3))
+    ]
+    engine.generate(requests, Sampling())
+    engine.sleep()
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == 0
+    with pytest.raises(RuntimeError, match="gave them up to sleep"):
+        engine.generate(requests, Sampling())
+    other = tiny.model(topk=7, seed=2)
+    whole = pack(other.state_dict())
+    with pytest.raises(ValueError, match="names differ"):
+        engine.load(1, Weights(dict(list(whole.tensors.items())[1:]), whole.checksum))
+    with pytest.raises(RuntimeError, match="no weights to serve"):
+        engine.generate(requests, Sampling())
+    engine.load(2, whole)
+    wanted = TorchEngine(other, TOKENIZER).generate(requests, Sampling())
+    for a, b in zip(engine.generate(requests, Sampling()), wanted, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()

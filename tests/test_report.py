@@ -60,7 +60,7 @@ FIGURES: dict[str, dict[str, Any]] = {
         "counted_targets": 50_123,
     },
     "sparse": {"lm_loss_dense": 1.0, "lm_loss_sparse": 1.01, "lm_gap": 0.01, "layers": _layers(0.95, 0.875)},
-    "rl-math": {"reward_first": 0.25, "reward_last": 0.75, "logprob_gap": 2e-7},
+    "rl-math": {"reward_first": 0.25, "reward_last": 0.75, "engine/gap_mean": 2e-7},
 }
 EVAL = {"sparse.eval": (0.25, 0.5, 0.5, 0.75), "rl-math.eval": (0.75, 0.25, 1.0, 0.5)}
 """math and logic sampled, math and logic greedy; of 4 tasks each."""
@@ -68,8 +68,8 @@ ROWS = {
     "warmup": [{"loss": 1.5, "indexer_kl/0": 0.5, "indexer_kl/1": 0.25, "tokens": 30}] * 3,
     "sparse": [{"loss": 1.5, "indexer_kl/0": 0.2, "indexer_kl/1": 0.1, "tokens": 30}] * 3,
     "rl-math": [
-        {"reward": 0.25, "reward/math": 0.25, "signal": 0.5, "mean_tokens": 20.0, "logprob_gap": 1e-7},
-        {"reward": 0.75, "reward/math": 0.75, "signal": 0.25, "mean_tokens": 30.0, "logprob_gap": 3e-7},
+        {"reward": 0.25, "reward/math": 0.25, "signal": 0.5, "mean_tokens": 20.0, "engine/gap_mean": 1e-7},
+        {"reward": 0.75, "reward/math": 0.75, "signal": 0.25, "mean_tokens": 30.0, "engine/gap_mean": 3e-7},
     ],
 }
 
@@ -256,7 +256,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "final_minus_base_points": 12.5,
         "final_minus_base_greedy_points": 12.5,
         "specialist_math_points": 50.0,
-        "logprob_gap": 2e-7,
+        "engine_gap": 2e-7,
         "peak_rss_bytes": 2**30 + 5,
         "load_min": 0.5,
         "load_max": 5.5,
@@ -287,7 +287,7 @@ def test_figures_that_are_missing_or_not_numbers_are_left_out(tmp_path: Path) ->
     }
     run = _run(_cfg(tmp_path), figures=broken)
     summary = report.build(run)["summary"]
-    assert "lm_gap" not in summary and "logprob_gap" not in summary
+    assert "lm_gap" not in summary and "engine_gap" not in summary
     assert summary["min_recall_ratio"] == 0.5 and summary["untrained_lm_gap"] == 1.0
     assert "rl-math" in _page(run).text
 
@@ -344,7 +344,7 @@ def test_stages_of_another_config_are_outdated_and_not_compared(tmp_path: Path) 
     found = report.build(run)
     assert found["unfinished"] == "outdated: rl-math, rl-math.eval" and not found["complete"]
     assert found["eval"]["rl-math"]["math"]["pass@1"] == 0.75, "still shown"
-    assert not {"final", "specialist_math_points", "logprob_gap"} & found["summary"].keys()
+    assert not {"final", "specialist_math_points", "engine_gap"} & found["summary"].keys()
 
 
 def test_a_stage_made_from_an_older_source_is_outdated(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from posttrain.learner import Learner
 from posttrain.ledger import Ledger
 from posttrain.mixture import TaskOrder
 from posttrain.model import checkpoint
-from posttrain.model.weights import Weights
+from posttrain.model.weights import pack
 from posttrain.rollouts.fake_engine import FakeEngine
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
@@ -92,13 +92,13 @@ class _Step:
         self.calls.append((method, args))
         return getattr(self.learner, method)(*args)
 
-    def publish(self) -> Weights:
+    def publish(self, *_: Any) -> Any:
         """As RemoteLearner."""
-        return self.learner.published()
+        return pack(self.learner.weights())
 
-    def load(self, version: int, weights: Weights) -> None:
+    def load(self, version: int, publish: Any) -> None:
         """As Pool."""
-        self.engine.load(version, weights)
+        self.engine.load(version, publish())
 
     def generate(self, requests: Sequence[Request], settings: Sampling, *_: Any) -> list[Rollout]:
         """As Pool."""
@@ -124,6 +124,7 @@ def test_groups_without_a_signal_are_replaced_until_the_rounds_are_used_up(tmp_p
     for rounds in (0, 1, 9):
         step = _Step(tmp_path / str(rounds), _Sometimes(TOKENIZER), refill_rounds=rounds)
         figures, _ = step.run()
+        assert 0 <= figures["engine/ties"] <= 1 and "ties" not in figures
         trained = [row for row in step.rows() if row["fate"] == "trained"]
         signals[rounds] = len({row["task_id"] for row in trained})
         generated = [len(args[0]) for name, args in step.calls if name == "generate"]
@@ -166,7 +167,7 @@ def test_old_log_probs_are_recomputed_before_the_first_update(
     assert figures["clipped"] < 0.1, (
         "the first update is on-policy, though the fake engine's log-probs are not"
     )
-    assert figures["logprob_gap"] > 1
+    assert figures["engine/gap_mean"] > 1
 
 
 def test_domains_have_their_own_clip_budget_and_penalty(tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_kept_choices_travel_from_the_engine_to_the_learner(tmp_path: Path, poli
             tasks_per_step=4,
         )
         figures, _ = step.run()
-        gaps[mask] = figures["logprob_gap"]
+        gaps[mask] = figures["engine/gap_mean"]
         ((_, (batches, *_)),) = [call for call in step.calls if call[0] == "grpo_step"]
         for batch in batches:
             assert batch.kept_NTK is not None and batch.experts_NTE is not None

@@ -57,7 +57,7 @@ def run(stage: config.Rl, job: Job) -> Result:
         if before is not None:
             order.restore(before["order"])
             log = _Log(**before["log"])
-            pool.load(job.snapshots.first_step, learner.publish())
+            pool.load(job.snapshots.first_step, learner.publish)
         for step in range(job.snapshots.first_step, stage.steps):
             if job.snapshots.due(step):
                 job.snapshots.take(step, learner, {"order": order.state(), "log": asdict(log)})
@@ -72,7 +72,7 @@ def run(stage: config.Rl, job: Job) -> Result:
     return Result(steps=stage.steps, tokens=log.tokens, figures=figures | saved | {"restarts": pool.restarts})
 
 
-_KEPT = ("reward", "signal", "mean_tokens", "generate_s", "score_s", "train_s", "logprob_gap")
+_KEPT = ("reward", "signal", "mean_tokens", "generate_s", "score_s", "train_s", "engine/gap_mean")
 """What _Log.summary is made of."""
 
 
@@ -82,7 +82,7 @@ class _Log:
 
     tokens: int = 0
     figures: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _KEPT})
-    """Of every step; logprob_gap of those with an update that is finite."""
+    """Of every step; engine/gap_mean of those with an update that is finite."""
 
     def add(self, figures: Mapping[str, float]) -> None:
         self.tokens += int(figures["tokens"])
@@ -96,9 +96,8 @@ class _Log:
         ends = {"reward_first": log["reward"][:5], "reward_last": log["reward"][-5:]}
         means = {name: log[name] for name in ("signal", "mean_tokens", "generate_s", "score_s", "train_s")}
         figures = {name: float(np.mean(values)) for name, values in (ends | means).items()}
-        if log["logprob_gap"]:
-            figures["logprob_gap"] = float(np.mean(log["logprob_gap"]))
-            figures["logprob_gap_max"] = max(log["logprob_gap"])
+        if log["engine/gap_mean"]:
+            figures["engine/gap_mean"] = float(np.mean(log["engine/gap_mean"]))
         return figures
 
 
@@ -153,6 +152,8 @@ def _step(
             break
         fresh = _groups(stage, job, order, order.more(empty), pool, times)
         groups = groups + fresh
+    if job.cfg.rollouts.sleep:
+        pool.sleep()
     rows = [row for group in groups for row in group]
     _check_scores(stage, step, rows)
     began = time.monotonic()
@@ -163,7 +164,7 @@ def _step(
         end = job.ledger.filtered if reason.startswith("filtered") else job.ledger.failed
         if ids:
             end(ids, reason.partition(": ")[2])
-    pool.load(step + 1, learner.publish())
+    pool.load(step + 1, learner.publish)
     rollout_file.write(job.out / "rollouts" / f"step-{step:05d}.parquet", rows)
     figures |= _rollout_figures(groups) | order.figures() | times
     return figures | {
@@ -276,6 +277,8 @@ def _train(
             counts = [by_id[id].rollout.num_sampled for id in batch.ids]
             for id, piece in zip(batch.ids, np.split(logp_M, np.cumsum(counts)[:-1]), strict=True):
                 by_id[id].learner_logprobs = piece
+        if "ties" in figures:
+            figures["engine/ties"] = figures.pop("ties")  # with equal scores, a rule chooses a key
         if not first:
             figures |= _engine_figures([by_id[id] for id in ids])
         if "skipped" in figures:

@@ -1,12 +1,16 @@
 """All that differs between vLLM 0.26 (torch 2.11) and 0.32 (torch 2.13), and all that is reached into. Next: model.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+from posttrain.model.weights import Asleep
 
 PARAMS = "posttrain"
 """The key of our settings in SamplingParams.extra_args."""
@@ -45,6 +49,66 @@ def close(engine: Any) -> None:
     client = engine.engine_core
     finalizer = getattr(client, "_finalizer", None)  # 0.32's, which acts once
     (client.shutdown if finalizer is None else finalizer)()
+
+
+def on_gpu() -> bool:
+    """Whether vLLM runs on a CUDA device here."""
+    return bool(current_platform.is_cuda())
+
+
+def sleep(engine: Any) -> Callable[[], None]:
+    """Give up the memory of weights and cache, whose values are lost, between requests.
+
+    What is returned brings it back: an empty cache, and weights that are whatever lies there.
+    """
+    caches = runner(engine).kv_caches
+    if on_gpu():
+        engine.sleep(level=2)  # its allocator keeps the addresses, which CUDA graphs know
+        wake = engine.wake_up
+    else:
+        storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}
+        sizes = [(storage, storage.nbytes()) for storage in storages.values()]
+        asleep = Asleep(runner(engine).get_model().inner)
+        for storage, _ in sizes:
+            storage.resize_(0)
+
+        def wake() -> None:
+            asleep.wake()
+            for storage, size in sizes:
+                storage.resize_(size)
+
+    def wake_empty() -> None:
+        wake()
+        for cache in caches:
+            cache.zero_()  # PagedCache: finite everywhere
+
+    return wake_empty
+
+
+def free_bytes() -> int | None:
+    """Memory that is free on the GPU; None where vLLM runs on the CPU."""
+    if not on_gpu():
+        return None
+    torch.cuda.empty_cache()  # an engine before this one in the process may have left some in torch's hands
+    return torch.cuda.mem_get_info()[0]
+
+
+def stock_obstacles() -> list[str]:
+    """Why vLLM's own sparse attention cannot run on this GPU."""
+    from vllm.utils.import_utils import has_deep_gemm  # of GPU builds
+
+    found = []
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        found.append(f"{torch.cuda.get_device_name()} is neither Hopper nor data-centre Blackwell")
+    if not has_deep_gemm():
+        found.append("this vLLM has no DeepGEMM, which its indexer needs")
+    return found
+
+
+def stock_backend(runner: Any) -> str:
+    """What vLLM has chosen to attend with."""
+    names = {group.backend.get_name() for groups in runner.attn_groups for group in groups}
+    return ", ".join(sorted(names))
 
 
 def fused_experts(

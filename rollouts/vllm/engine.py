@@ -9,8 +9,8 @@ Shape letters: L tokens of a sequence.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from posttrain.model.weights import Weights, take
+from posttrain.model import checkpoint
+from posttrain.model.weights import Weights
 from posttrain.rollouts import chat
 from posttrain.rollouts.dialogue import Dialogue, end_turns
 from posttrain.rollouts.environment import Failed
+from posttrain.rollouts.geometry import Geometry, engine_memory, need_device
 from posttrain.rollouts.request import Request, Sampling
-from posttrain.rollouts.vllm import compat, plugin, records
+from posttrain.rollouts.vllm import compat, plugin, records, stock
 from posttrain.rollouts.vllm.model import DsaForVllm
 from posttrain.rollouts.vllm.sampler import Draws, SeededSampler
 from posttrain.schema import Rollout, Stop
@@ -48,6 +50,13 @@ class Limits:
     prefix_cache: bool = True
     eager: bool = True
     """No CUDA graphs."""
+    deterministic: bool = False
+    """A request's bits do not depend on its batch: prompts are computed whole and without the prefix cache, since a token
+    that follows cached ones goes through other kernels, and products in tiles of one size. Not when preempted."""
+    sleep: bool = False
+    """Whether sleep() will be asked for: on a GPU, memory that can be given up is allocated otherwise."""
+    stock: bool = False
+    """vLLM's own model and sparse attention."""
 
 
 @dataclass(slots=True)
@@ -85,38 +94,29 @@ class VllmEngine:
         limits: Limits = Limits(),
         seed: int = 0,
     ) -> None:
-        # The class: a name would be looked at in a process of its own, which takes 8 s.
-        ModelRegistry.register_model(plugin.ARCHITECTURE, DsaForVllm)
-        self.tokenizer, self.limits, self.version = tokenizer, limits, 0
+        self.tokenizer, self.version = tokenizer, 0
         self.eos_token_id = tokenizer.eos_token_id
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=str(path),
-                hf_overrides=plugin.OVERRIDES,
-                skip_tokenizer_init=True,
-                dtype=dtype,
-                seed=seed,
-                max_num_seqs=limits.max_rows,
-                max_num_batched_tokens=max(limits.max_batched_tokens, limits.max_rows),
-                block_size=limits.block_size,
-                kv_cache_memory_bytes=limits.cache_bytes,
-                enable_prefix_caching=limits.prefix_cache,
-                enable_chunked_prefill=True,
-                async_scheduling=False,
-                enforce_eager=limits.eager,
-                compilation_config={} if limits.eager else GRAPHS,
-                disable_log_stats=True,
-                additional_config={"backend": backend},
-            )
-        )
+        self._unfit: str | None = None
+        """Why the weights here are nobody's: nothing is generated until a load succeeds."""
+        if limits.deterministic:
+            limits = _whole_prompts(path, limits)
+        self._asleep: Callable[[], None] | None = None
+        """Wakes."""
+        if limits.stock:
+            stock.need(path, dtype)
+        _need_memory(path, dtype, limits)
+        self.limits = limits
+        self._engine = LLMEngine.from_engine_args(_arguments(path, dtype, backend, limits, seed))
         self._runner = compat.runner(self._engine)
         # Not the wrapper that replays CUDA graphs: what is set on that does not reach the model.
-        self._model: DsaForVllm = self._runner.get_model()
-        self._sampler = self._runner.sampler = SeededSampler(self._runner)
+        self._model: DsaForVllm | stock.Stock = self._runner.get_model()
+        if limits.stock:
+            self._model = stock.Stock(self._runner, path)
+        self._sampler = self._runner.sampler = SeededSampler(self._runner, self._model.record)
         self._numbers = itertools.count()
         self.num_prefix_hits = 0
         """Tokens that the prefix cache supplied so far."""
-        vocabulary = self._model.inner.config.vocab_size
+        vocabulary = self._model.config.vocab_size
         if not 0 <= self.eos_token_id < vocabulary:
             self.close()
             raise ValueError(
@@ -135,11 +135,27 @@ class VllmEngine:
 
     def load(self, version: int, weights: Weights) -> None:
         """Take the learner's weights of that version; ValueError, and nothing changes, if they are not whole."""
-        take(self._model.inner, weights)
+        if self._asleep is not None:
+            self._asleep()
+            self._asleep = None
+        try:
+            self._model.take(weights)
+        except ValueError:
+            raise
+        except BaseException:
+            self._unfit = "a load of weights broke off"
+            raise
+        self._unfit = None
         # Its entries are the old weights'; without requests it cannot be busy.
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM kept cache entries of the old weights")
         self.version = version
+
+    def sleep(self) -> None:
+        """Give the memory of weights and cache up until the next load; between generations, nothing is lost by it."""
+        if self._asleep is None:
+            self._asleep = compat.sleep(self._engine)
+            self._unfit = "it gave them up to sleep"
 
     def close(self) -> None:
         """Free what vLLM holds; the engine is of no use afterwards. There is one engine at a time in a process."""
@@ -152,6 +168,8 @@ class VllmEngine:
 
         max_rows is that of the limits: vLLM reads it once.
         """
+        if self._unfit is not None:
+            raise RuntimeError(f"the engine has no weights to serve: {self._unfit}; load them again")
         self._start_records(settings)
         self._sampler.settings = settings
         tasks = {r.task.id: r.task for r in requests}
@@ -177,7 +195,10 @@ class VllmEngine:
             return "the prompt is empty"
         if num + new > most:
             return f"a prompt of {num} tokens with {new} new ones is longer than the model's {most} positions"
-        return None
+        return row.request.obstacle(self._model.config.vocab_size)
+
+    def _stops(self, row: _Row) -> list[int]:
+        return [self.eos_token_id, *row.request.stop_ids]
 
     def _submit(self, row: _Row, settings: Sampling, running: dict[int, _Row]) -> None:
         number = next(self._numbers)
@@ -185,7 +206,7 @@ class VllmEngine:
         params = SamplingParams(
             max_tokens=1 if row.full else row.room,
             ignore_eos=True,  # our stop token is named, vLLM's idea of it may come from a config
-            stop_token_ids=[] if settings.ignore_eos else [self.eos_token_id],
+            stop_token_ids=[] if settings.ignore_eos else self._stops(row),
             detokenize=False,
             extra_args={compat.PARAMS: number},
         )
@@ -213,7 +234,7 @@ class VllmEngine:
             elif output.finished:
                 row.extend(output.outputs[0].token_ids, sampled=True)
                 self.num_prefix_hits += output.num_cached_tokens or 0
-                if settings.ignore_eos or row.tokens[-1] != self.eos_token_id:
+                if settings.ignore_eos or row.tokens[-1] not in self._stops(row):
                     over.append((row, "length", True))
                 else:
                     turns.append(row)
@@ -259,6 +280,10 @@ class VllmEngine:
 
     def _start_records(self, settings: Sampling) -> None:
         """Give the model a place for what is to be recorded; forget cache entries computed without it."""
+        if isinstance(self._model, stock.Stock):
+            if settings.record_kept or settings.record_experts:
+                raise ValueError('rollouts.attention = "stock" records neither kept keys nor experts')
+            return
         shape = self._model.shape(kept=settings.record_kept, experts=settings.record_experts)
         if not shape.topk and not shape.experts[0]:
             self._model.records = None
@@ -274,3 +299,55 @@ class VllmEngine:
         # vLLM forgets an ended request, and gives its blocks to others, in the next pass.
         blocks = self._runner.requests[row.draws.id].block_ids[0]
         return self._model.records.read(blocks, len(row.tokens) - 1)
+
+
+def _arguments(path: Path, dtype: str, backend: str, limits: Limits, seed: int) -> EngineArgs:
+    """vLLM's settings of an engine."""
+    if limits.stock:
+        model: dict[str, Any] = dict(stock.ARGUMENTS)
+    else:
+        # The class: a name would be looked at in a process of its own, which takes 8 s.
+        ModelRegistry.register_model(plugin.ARCHITECTURE, DsaForVllm)
+        model = {
+            "hf_overrides": plugin.OVERRIDES,
+            "additional_config": {"backend": backend, "deterministic": limits.deterministic},
+        }
+    return EngineArgs(
+        model=str(path),
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        seed=seed,
+        max_num_seqs=limits.max_rows,
+        max_num_batched_tokens=max(limits.max_batched_tokens, limits.max_rows),
+        block_size=stock.BLOCK_SIZE if limits.stock else limits.block_size,
+        kv_cache_memory_bytes=limits.cache_bytes,
+        enable_prefix_caching=limits.prefix_cache,
+        enable_chunked_prefill=not limits.deterministic,
+        async_scheduling=False,
+        enforce_eager=limits.eager,
+        compilation_config={} if limits.eager else GRAPHS,
+        disable_log_stats=True,
+        enable_sleep_mode=limits.sleep and compat.on_gpu(),
+        **model,
+    )
+
+
+def _whole_prompts(path: Path, limits: Limits) -> Limits:
+    """Limits under which no prompt is cut and none is found in the cache."""
+    longest = int(checkpoint.max_length(path))
+    most = max(longest, limits.max_batched_tokens)
+    return replace(limits, prefix_cache=False, max_batched_tokens=most)
+
+
+def _need_memory(path: Path, dtype: str, limits: Limits) -> None:
+    """ValueError, with the arithmetic, if the GPU has not the memory; host memory is not ours to count."""
+    shape, free = Geometry.read(path), compat.free_bytes()
+    if shape is not None and free is not None:
+        memory = engine_memory(
+            shape,
+            dtype=dtype,
+            cache_bytes=limits.cache_bytes,
+            batched_tokens=limits.max_batched_tokens,
+            max_rows=limits.max_rows,
+        )
+        need_device(memory, free, what=str(path), there="is free on its device")

@@ -21,9 +21,18 @@ ENVIRONMENT = {
 """Read when vLLM is imported, by the process that holds the engine."""
 
 
-def prepare() -> None:
+def environment(*, invariant: bool) -> dict[str, str]:
+    """The same, where a request's bits must not depend on its batch on a GPU, too.
+
+    vLLM then runs its kernel for experts with one set of tiles, and gives softmax and mean kernels of its own.
+    """
+    return ENVIRONMENT | {"VLLM_BATCH_INVARIANT": "1" if invariant else "0"}
+
+
+def prepare(*, invariant: bool = False) -> None:
     """Set it for this process; ValueError if vLLM is missing or was imported without it."""
-    wrong = {name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
+    wanted = environment(invariant=invariant)
+    wrong = {name: value for name, value in wanted.items() if os.environ.get(name) != value}
     if wrong and "vllm" in sys.modules:
         raise ValueError(
             f"vLLM is imported already; set before: {' '.join(f'{n}={v}' for n, v in wrong.items())}"

@@ -9,6 +9,7 @@ Shape letters: T tokens, D hidden, V vocabulary, B sequences, M blocks of a sequ
 
 import itertools
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,9 +27,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from posttrain.kernels.backend import Choice
+from posttrain.kernels.invariant import Invariant
 from posttrain.model import checkpoint
 from posttrain.model.context import PackedContext
 from posttrain.model.paged import NewTokens, PagedCache, PagedContext, paged
+from posttrain.model.weights import Weights, take
 from posttrain.rollouts.vllm import compat
 from posttrain.rollouts.vllm.records import Records, Shape, Stage
 
@@ -51,7 +54,8 @@ class DsaForVllm(nn.Module):
             for moe in self.inner.moe_layers().values():
                 moe.run = compat.fused_experts
         choice: Choice = vllm_config.additional_config.get("backend", "auto")
-        self.backend = self.inner.backend(choice)
+        deterministic = bool(vllm_config.additional_config.get("deterministic", False))
+        self.backend = self.inner.backend(choice, deterministic=deterministic)
         self.max_length: int = vllm_config.model_config.max_model_len
         config = self.inner.config
         self.entry_size: int = config.kv_lora_rank + config.qk_rope_head_dim
@@ -85,6 +89,15 @@ class DsaForVllm(nn.Module):
             self.records.take(self._stage, num_rows)
         self._in_python = False
 
+    @property
+    def config(self) -> Any:
+        """The checkpoint's."""
+        return self.inner.config
+
+    def take(self, weights: Weights) -> None:
+        """Copy the learner's weights; ValueError, and nothing changes, if they are not whole."""
+        take(self.inner, weights)
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """[T] -> [T, D]"""
         embeddings: Tensor = self.inner.model.embed_tokens(input_ids)
@@ -108,7 +121,8 @@ class DsaForVllm(nn.Module):
             return measured
         capturing = input_ids.is_cuda and torch.cuda.is_current_stream_capturing()
         context = self._context(new, positions, record_kept=capturing or self.records is not None)
-        hidden_TD: Tensor = self.inner.model(input_ids, context)
+        with self._products():
+            hidden_TD: Tensor = self.inner.model(input_ids, context)
         if capturing:
             assert self._stage is not None, "rows for every captured size"
             self._stage.write(context)
@@ -138,8 +152,13 @@ class DsaForVllm(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """fp32 [T, V]"""
-        logits: Tensor = self.inner.lm_head(hidden_states).float()
+        with self._products():
+            logits: Tensor = self.inner.lm_head(hidden_states).float()
         return logits
+
+    def _products(self) -> AbstractContextManager[Any]:
+        """Those whose rows do not see each other, where that is asked for."""
+        return Invariant() if self.backend.deterministic else nullcontext()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Nothing to do: __init__ has read the checkpoint."""

@@ -6,6 +6,7 @@ second turn or another actor would not bring back. Next: ../sampling.py, engine.
 Shape letters: B rows, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,8 +54,9 @@ class Draws:
 class SeededSampler:
     """Called by the model runner once per pass."""
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
+    def __init__(self, runner: Any, record: Callable[[int], None]) -> None:
+        """record is told the number of sequences of each pass, when its records can be taken."""
+        self._runner, self._record = runner, record
         self.settings = Sampling()
         self.num_preempted = 0
         self.draws: dict[int, Draws] = {}
@@ -64,7 +66,7 @@ class SeededSampler:
         """One token per row; rows whose prompt is not complete yet are drawn for nothing."""
         runner, settings = self._runner, self.settings
         num_rows = len(logits)
-        runner.get_model().record(num_rows)
+        self._record(num_rows)
         ids = runner.input_batch.req_ids[:num_rows]
         draws = [self.draws[runner.requests[id].sampling_params.extra_args[PARAMS]] for id in ids]
         positions_B = runner.input_batch.num_tokens_no_spec[:num_rows].astype(np.int64)

@@ -1,6 +1,7 @@
 """Our model in vLLM: the learner's log-probs and selections, however vLLM cuts, shares and preempts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,25 @@ def test_the_same_seeds_give_the_torch_engines_samples(
                 assert a.sampling_mask.ids.tolist() == b.sampling_mask.ids.tolist()
 
 
+def test_a_request_stops_at_its_own_tokens_as_in_the_torch_engine(
+    folder: Path, learner: DeepseekV32ForCausalLM, open_engine: OpenEngine
+) -> None:
+    requests = _requests(4)
+    whole = TorchEngine(learner, TOKENIZER).generate(requests, Sampling())
+    stops = [int(r.tokens[int(r.sampled.argmax()) + 5]) for r in whole]
+    requests = [replace(r, stop_ids=(stop,)) for r, stop in zip(requests, stops, strict=True)]
+    requests.append(replace(requests[0], stop_ids=(-1,)))
+    found = open_engine(folder, WHOLE).generate(requests, Sampling())
+    for a, b, cut in zip(
+        found,
+        TorchEngine(learner, TOKENIZER).generate(requests, Sampling()),
+        [True] * 4 + [False],
+        strict=True,
+    ):
+        assert a.tokens.tolist() == b.tokens.tolist() and (a.stop, a.outcome) == (b.stop, b.outcome)
+        assert (a.stop == "eos" and 0 < a.num_sampled <= 6) if cut else "stop token -1" in a.outcome["error"]
+
+
 def test_turns_with_tools_are_the_torch_engines(folder: Path, open_engine: OpenEngine) -> None:
     def tool(task: Task, text: str) -> str | None:
         return "boss of ann is bob"
@@ -153,3 +173,24 @@ def test_a_dense_checkpoint_is_served_densely(tmp_path: Path, open_engine: OpenE
     for a, b in zip(engine.generate(_requests(6), Sampling()), wanted, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+def test_a_deterministic_request_has_the_same_bits_in_every_batch(
+    folder: Path, learner: DeepseekV32ForCausalLM, open_engine: OpenEngine
+) -> None:
+    """The same prompt 1, 8, 64 and 65 times, and once among others of other lengths."""
+    engine = open_engine(folder, Limits(max_rows=128, cache_bytes=32 << 20, deterministic=True))
+    task = next(iter(sorting.tasks(seed=5, n=1)))
+    settings = Sampling(ignore_eos=True, record_kept=True)
+    (alone,) = engine.generate([Request(task=task, index=0, seed=7, max_new_tokens=20)], settings)
+    for num in (8, 64, 65):
+        same = [Request(task=task, index=i, seed=7, max_new_tokens=20) for i in range(num)]
+        for found in engine.generate(same, settings):
+            assert found.tokens.tolist() == alone.tokens.tolist()
+            assert found.logprobs.tobytes() == alone.logprobs.tobytes()
+    mixed = [*_requests(9, new=31), Request(task=task, index=0, seed=7, max_new_tokens=20), *_requests(5)]
+    found = engine.generate(mixed, settings)[9]
+    assert found.tokens.tolist() == alone.tokens.tolist()
+    assert found.logprobs.tobytes() == alone.logprobs.tobytes()
+    assert engine.num_prefix_hits == engine.num_preempted == 0
+    assert _gaps(learner, [alone]).max() <= LARGEST

@@ -13,7 +13,7 @@ import torch
 from posttrain import config
 from posttrain.cluster import Cluster
 from posttrain.model import checkpoint
-from posttrain.model.weights import pack
+from posttrain.model.transport import Audience, Sender
 from posttrain.rollouts.pool import PoolSetup
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
@@ -42,7 +42,10 @@ def test_actors_take_weights_and_a_killed_one_is_replaced_with_the_same_rollouts
         )
         with cluster.pool(setup) as pool:
             assert pool.backend.endswith("in vLLM")
-            pool.load(3, ray.put(pack(model.state_dict())))
+            sender = Sender(torch.device("cpu"), host="127.0.0.1", folder=None, timeout_s=30)
+            audience = Audience(engines=("",), ranks=("",))
+            offer = sender.offer(model.state_dict(), model.state_dict().items(), audience, rank=0)
+            pool.load(3, lambda *_: [ray.put(offer)])
             (pid,) = pool.pids()
             killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
             killer.start()

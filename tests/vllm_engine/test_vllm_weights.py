@@ -54,3 +54,30 @@ def test_a_hundred_loads_leave_no_memory_behind(folder: Path, open_engine: OpenE
             gc.collect()
             size.append(process.memory_info().rss)
     assert size[1] - size[0] < 8 << 20, size
+
+
+def test_an_engine_sleeps_without_weights_and_cache_and_a_load_wakes_it(
+    folder: Path, open_engine: OpenEngine
+) -> None:
+    engine = open_engine(folder, Limits(max_rows=8, cache_bytes=64 << 20, block_size=8))
+    settings = Sampling(record_kept=True, record_experts=True)
+    engine.generate(REQUESTS, settings)
+    before = psutil.Process().memory_info().rss
+    engine.sleep()
+    engine.sleep()
+    assert before - psutil.Process().memory_info().rss > 48 << 20
+    with pytest.raises(RuntimeError, match="no weights to serve: it gave them up to sleep"):
+        engine.generate(REQUESTS, settings)
+    model = tiny.model(topk=7, seed=9)
+    new = pack(model.state_dict())
+    with pytest.raises(ValueError, match="names differ"):
+        engine.load(1, Weights(dict(list(new.tensors.items())[:9]), new.checksum))
+    with pytest.raises(RuntimeError, match="no weights to serve"):
+        engine.generate(REQUESTS, settings)
+    wanted = TorchEngine(model, TOKENIZER).generate(REQUESTS, settings)
+    for version in (2, 3):
+        engine.load(version, new)
+        for a, b in zip(engine.generate(REQUESTS, settings), wanted, strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist() and a.policy_version == version
+            assert a.kept is not None and b.kept is not None and (a.kept == b.kept).all()
+        engine.sleep()
