@@ -207,8 +207,13 @@ def test_two_ranks_are_one_learner(path: Path, two: tuple[Path, dict[str, Found]
 def test_ranks_that_share_their_batches_are_one_learner(
     path: Path, shared: dict[str, Found], name: str
 ) -> None:
-    """With documents that begin on one rank and end on another, and tokens predicted across the cut."""
-    _assert_alike(shared[name], _one(path, name), LIMITS.get(name, 1e-6))
+    """With documents that begin on one rank and end on another, and tokens predicted across the cut.
+
+    Ties of scores are all that they do not tell: a part of a batch lacks keys.
+    """
+    assert "figure/ties" not in shared[name]
+    expected = {key: value for key, value in _one(path, name).items() if key != "figure/ties"}
+    _assert_alike(shared[name], expected, LIMITS.get(name, 1e-6))
 
 
 @pytest.mark.slow
