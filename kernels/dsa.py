@@ -38,6 +38,10 @@ class Index:
     w_TJ: Tensor
     """fp32, with every factor: J^-1/2 and I^-1/2."""
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and w, contiguous."""
+        return self.q_TJI.contiguous(), self.k_SI.contiguous(), self.w_TJ.contiguous()
+
 
 @dataclass(frozen=True, slots=True)
 class Kl:
@@ -55,7 +59,7 @@ def select(index: Index, ranges: Ranges, num_kept: int) -> Tensor:
 
     Order: score descending, slot ascending. Raises ValueError for what does not fit.
     """
-    q_TJI, k_SI, w_TJ = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
+    q_TJI, k_SI, w_TJ = index.parts()
     return index_topk_triton.topk(q_TJI, k_SI, w_TJ, ranges, num_kept)
 
 
@@ -95,9 +99,8 @@ def attend(
     q is [absorbed query | rotary query], in the dtype of the entries (gradients of the entries add up in fp32).
     slots are int32, -1 (or anything else out of range) is no entry; a row without any gives zeros. Whatever of
     q, entries and index requires a gradient gets one; without grad mode there is no KL. In the KL's sum a query
-    counts weight times, once by default. dQ and the KL are the
-    same bits every time; the gradients of entries and index keys are if deterministic. Raises ValueError on
-    shapes and types that do not fit.
+    counts weight times, once by default. dQ and the KL are the same bits every time; the gradients of entries and
+    index keys are if deterministic. Raises ValueError on shapes and types that do not fit.
     """
     entries_SE = entries_SE.contiguous()
     settings = (scale, value_size, deterministic)
@@ -105,8 +108,9 @@ def attend(
         o_THR, _ = _Attend.apply(q_THE, entries_SE, slots_TK, None, None, None, None, None, *settings)
         return o_THR, None
     value = torch.full((), float("nan"), dtype=torch.float32, device=q_THE.device)
-    indexer = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
-    o_THR, loss = _Attend.apply(q_THE, entries_SE, slots_TK, *indexer, weight_T, value, *settings)
+    o_THR, loss = _Attend.apply(
+        q_THE, entries_SE, slots_TK, *index.parts(), _weights(index, weight_T), value, *settings
+    )
     return o_THR, Kl(loss, value)
 
 
@@ -116,9 +120,12 @@ def warmup_loss(index: Index, attention: Attention, ranges: Ranges, weight_T: Te
     p is the head-mean of the attention, which gets no gradient; q, k and w of the index do. A query counts weight
     times, once by default. The bits are always the same. Raises ValueError for what does not fit.
     """
-    parts = (x.contiguous() for x in (index.q_TJI, index.k_SI, index.w_TJ))
-    loss: Tensor = _WarmupLoss.apply(*parts, attention, ranges, weight_T)
+    loss: Tensor = _WarmupLoss.apply(*index.parts(), attention, ranges, _weights(index, weight_T))
     return loss
+
+
+def _weights(index: Index, weight_T: Tensor | None) -> Tensor:
+    return index.w_TJ.new_ones(len(index.w_TJ)) if weight_T is None else weight_T
 
 
 class _WarmupLoss(torch.autograd.Function):
@@ -127,7 +134,6 @@ class _WarmupLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         q_TJI, k_SI, w_TJ, attention, ranges, weight_T = args
-        weight_T = w_TJ.new_ones(len(w_TJ)) if weight_T is None else weight_T
         kl_T, *grads = warmup_kl(attention, q_TJI, k_SI, w_TJ, ranges, weight_T)
         parts = zip(grads, (q_TJI, k_SI, w_TJ), strict=True)
         ctx.save_for_backward(*(grad.to(x.dtype) for grad, x in parts))
@@ -184,7 +190,6 @@ class _Attend(torch.autograd.Function):
         dindex: tuple[Tensor | None, ...] = (None, None, None)
         if trains_index:
             assert p_TK is not None, "asked for with_target"
-            weight_T = w_TJ.new_ones(len(w_TJ)) if weight_T is None else weight_T
             kl_T, *dparts = indexer_kl_triton.indexer_kl(
                 q_TJI, k_SI, w_TJ, slots_TK, p_TK, weight_T * dloss.float(), deterministic=ctx.deterministic
             )

@@ -27,10 +27,7 @@ class Invariant(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # With a place for the result it is attention's, which has a sequence to itself.
-        function = func if "out" in kwargs else _REPLACED.get(func, func)
-        return function(*args, **kwargs)
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
 def linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -45,14 +42,15 @@ def linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return out_TN.view(*x.shape[:-1], len(w_NK))
 
 
-def bmm(x_BTK: Tensor, w_BKN: Tensor) -> Tensor:
+def bmm(x_BTK: Tensor, w_BKN: Tensor, *, out: Tensor | None = None) -> Tensor:
     """[B, T, K] times [B, K, N], in x's dtype."""
     if x_BTK.is_cuda:
-        return _product(x_BTK, w_BKN)
-    out_TBN = _in_blocks(
-        lambda rows: torch.bmm(rows.transpose(0, 1), w_BKN).transpose(0, 1), x_BTK.transpose(0, 1)
-    )
-    return out_TBN.transpose(0, 1)
+        found_BTN = _product(x_BTK, w_BKN)
+    else:
+        found_BTN = _in_blocks(
+            lambda rows: torch.bmm(rows.transpose(0, 1), w_BKN).transpose(0, 1), x_BTK.transpose(0, 1)
+        ).transpose(0, 1)
+    return found_BTN if out is None else out.copy_(found_BTN)
 
 
 def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:

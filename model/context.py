@@ -22,6 +22,7 @@ from torch import Tensor
 from posttrain.kernels import reference
 from posttrain.kernels.backend import TORCH, Backend
 from posttrain.kernels.pages import Pages
+from posttrain.model.plan import Plan, plan_rows
 from posttrain.model.regrid import to_flat, to_grid
 
 if TYPE_CHECKING:  # triton exists on Linux only
@@ -132,31 +133,6 @@ class Part:
     rows: slice
     """Its tokens."""
     context: Context
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The first rows of every document, which keep all their keys, and the others."""
-
-    early_T: Tensor
-    late_T: Tensor
-    """Rows of the pass, ascending, as are early_T."""
-    back_T: Tensor
-    """Where each row stands in [early | late]."""
-    early: "PackedContext"
-    """The early rows as documents of their own."""
-    early_ranges: "Ranges"
-    """Keys of each early row, among the early rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The way of each row (token) under the Triton backend."""
-
-    ranges: "Ranges | None"
-    """Slots that the rows of the kernels may see; None without such rows."""
-    split: Split | None = None
-    """Which rows are dense and which are the kernels'; None if all are the kernels'."""
 
 
 @dataclass(slots=True)
@@ -426,23 +402,16 @@ def plan_documents(
 
     Of a document that an earlier pass has begun, with so many tokens, no row is dense: its keys are not all here.
     """
-    from posttrain.kernels.index_topk_triton import key_ranges, packed  # triton exists on Linux only
+    from posttrain.kernels.index_topk_triton import packed  # triton exists on Linux only
 
     sizes = torch.tensor(lengths)
     first_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     positions_T = torch.arange(len(first_T)) - first_T + begun
     begin_T = torch.tensor(starts).repeat_interleave(sizes)
-    if not num_early or begun:
-        return Plan(key_ranges(begin_T, begin_T + positions_T + 1, device))
-    is_early_T = positions_T < num_early
-    early_T, late_T = is_early_T.nonzero()[:, 0], (~is_early_T).nonzero()[:, 0]
-    early_sizes = sizes.clamp(max=num_early)
-    late_begin, late_end = begin_T[late_T], (begin_T + positions_T + 1)[late_T]
-    split = Split(
-        early_T=early_T.to(device),
-        late_T=late_T.to(device),
-        back_T=torch.cat((early_T, late_T)).argsort().to(device),
-        early=PackedContext(attention="dense", cu_seqlens_S=F.pad(early_sizes.cumsum(0), (1, 0)).to(device)),
-        early_ranges=packed(early_sizes.tolist(), device),
-    )
-    return Plan(key_ranges(late_begin, late_end, device) if len(late_T) else None, split)
+
+    def early() -> tuple[PackedContext, "Ranges"]:
+        cut = sizes.clamp(max=num_early)
+        context = PackedContext(attention="dense", cu_seqlens_S=F.pad(cut.cumsum(0), (1, 0)).to(device))
+        return context, packed(cut.tolist(), device)
+
+    return plan_rows(begin_T, positions_T, 0 if begun else num_early, device, early)

@@ -19,7 +19,8 @@ from torch import Tensor
 from posttrain.kernels import reference
 from posttrain.kernels.backend import Backend
 from posttrain.kernels.pages import Pages
-from posttrain.model.context import AttentionMode, Base, KeyName, Part, Plan, entry_part, plan_documents
+from posttrain.model.context import AttentionMode, Base, KeyName, Part, entry_part, plan_documents
+from posttrain.model.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

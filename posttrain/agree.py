@@ -139,12 +139,11 @@ def _learner_pass(
         record_kept=True,
         cu_seqlens_S=torch.tensor([0, len(tokens)], device=device),
     )
-    topk = int(model.config.index_topk)
-    with Ties(model, context.cu_seqlens_S, topk) as ties:
+    with Ties(model, context) as ties:
         logits = model(tokens, context)[:-1]
     logp = sampling.processed_logprobs(logits, temperature, 1.0).gather(1, tokens[1:, None])[:, 0]
     found: NDArray[np.float32] = logp.cpu().numpy()
-    chooses = attention == "sparse" and len(tokens) > topk
+    chooses = attention == "sparse" and len(tokens) > model.config.index_topk
     return found, context, ties.share if chooses else None
 
 
@@ -167,8 +166,8 @@ def _table(found: Agreement) -> str:
         ["|log-prob gap| mean, p99, max", f"{found.gap_mean:.1e}, {found.gap_p99:.1e}, {found.gap_max:.1e}"],
         ["KL(engine || learner), KL(learner || engine)", f"{found.kl_engine:.1e}, {found.kl_learner:.1e}"],
         ["learner / engine, least and most", f"{found.ratio_min:.6f}, {found.ratio_max:.6f}"],
+        ["queries with a tie at the last key kept", f"{found.ties:.4%}"],
     ]
-    rows.append(["queries with a tie at the last key kept", f"{found.ties:.4%}"])
     if found.experts is not None:
         rows.append(["same experts", f"{found.experts:.4%}"])
     rows += [[f"kept keys in common, layer {n}", f"{share:.4%}"] for n, share in enumerate(found.jaccard)]

@@ -282,9 +282,9 @@ class _LearnerActor:
 
     def gpu(self) -> str:
         assert self._learner is not None, "started before"
-        return self._learner.gpu()
+        return self._learner.publisher.gpu
 
     def stop(self) -> None:
         if self._learner is not None:
-            self._learner.close()
+            self._learner.publisher.close()
         self._learner = None

@@ -35,7 +35,7 @@ from posttrain.model.transport import Audience, Offer, Sender
 from posttrain.optimizer import Optimizers
 from posttrain.publisher import Publisher
 from posttrain.schema import Batch
-from posttrain.ties import watch
+from posttrain.ties import Ties
 
 Figures = dict[str, float]
 
@@ -140,7 +140,7 @@ class Learner:
         sender = Sender(
             torch.device(setup.device), host=setup.host, folder=setup.sync_folder, timeout_s=setup.timeout_s
         )
-        self._publisher = Publisher(self.model, group, setup.lora, sender, dtype=dtype)
+        self.publisher = Publisher(self.model, group, setup.lora, sender, dtype=dtype)
         self._writer = training_state.Writer(None if group is None else group.snapshots)
         self._load: dict[int, Any] = {}
         self._nonfinite_ids: list[str] = []
@@ -176,16 +176,19 @@ class Learner:
         for each in self._passes(batches):
             batch, tensors = each.batch, self._on_device(each.batch, share_prompts=True)
             context = self._context(tensors, self.setup.indexer_loss)
+            with_entropy = settings.entropy_coef > 0
             teacher, teacher_M = self._taught(batch, tensors, temperature)
             looks = self._sharing is None and each.index == len(batches) - 1  # the longest; a part lacks keys
-            ties = watch(self.model, tensors) if looks else None
+            ties = Ties(self.model, context) if looks else None
             with ties or nullcontext():
-                wanted: dict[str, Any] = {"with_entropy": settings.entropy_coef > 0, "teacher": teacher}
-                policy = self._policy(self.model, tensors, context, temperature, **wanted)
+                policy = self._policy(
+                    self.model, tensors, context, temperature, with_entropy=with_entropy, teacher=teacher
+                )
             ref_M = None if settings.kl == "none" else self._reference_logprobs(tensors, temperature)
             coef = 0.0 if self.setup.mopd is None else self.setup.mopd.coef
-            given = (batch, tensors, policy, settings)
-            values = loss.values(*given, ref_M=ref_M, teacher_M=teacher_M, teacher_coef=coef)
+            values = loss.values(
+                batch, tensors, policy, settings, ref_M=ref_M, teacher_M=teacher_M, teacher_coef=coef
+            )
             objective, figures = loss.policy_loss(values, settings)
             if each.index is not None:
                 seen[each.index] = policy.logp_M.detach().cpu().numpy()
@@ -219,19 +222,11 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, adapters merged, on the CPU; of several ranks the first has it."""
-        return self._publisher.weights()
+        return self.publisher.weights()
 
     def offer(self, audience: Audience) -> Offer | None:
         """The same for engines."""
-        return self._publisher.offer(audience)
-
-    def gpu(self) -> str:
-        """The id of this rank's GPU; "" without one."""
-        return self._publisher.gpu
-
-    def close(self) -> None:
-        """Give up what engines read from."""
-        self._publisher.close()
+        return self.publisher.offer(audience)
 
     def save(self, path: Path, *, dense: bool = False) -> None:
         """Write a Hugging Face checkpoint; dense drops the indexers and writes deepseek_v3."""

@@ -12,34 +12,26 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from posttrain.device_batch import DeviceBatch
 from posttrain.kernels import reference
+from posttrain.model.context import PackedContext
 from posttrain.model.indexer import LightningIndexer
+from posttrain.model.shared import SharedContext
 
 SAMPLE = 64
 """Queries of a pass that are looked at, evenly spread over those that leave a key out."""
 
 
-def watch(model: Any, tensors: DeviceBatch) -> "Ties":
-    """The ties of a pass over a whole batch."""
-    return Ties(model, tensors.cu_seqlens_S, int(model.config.index_topk), tensors.shared)
-
-
 class Ties:
     """Watches the indexers of a model while a packed pass runs in its `with` block."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        cu_seqlens_S: Tensor,
-        topk: int,
-        shared: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """shared: token_F and place_T of SharedContext, where documents share tokens."""
-        starts_D, lengths_D = cu_seqlens_S[:-1], cu_seqlens_S.diff()
+    def __init__(self, model: Any, context: PackedContext) -> None:
+        """Of a pass of the model in this context."""
+        starts_D, lengths_D = context.cu_seqlens_S[:-1], context.cu_seqlens_S.diff()
         starts_F = starts_D.repeat_interleave(lengths_D)
         at_F = torch.arange(len(starts_F), device=starts_F.device)
-        token_F, place_T = (at_F, at_F) if shared is None else shared
+        token_F = context.token_F if isinstance(context, SharedContext) else at_F
+        place_T = context.place_T if isinstance(context, SharedContext) else at_F
+        topk = int(model.config.index_topk)
         choosing = (place_T - starts_F[place_T] >= topk).nonzero()[:, 0]
         step = -(-len(choosing) // SAMPLE) or 1
         self._queries_S, self._topk = choosing[::step], topk

@@ -31,6 +31,9 @@ def test_a_row_of_a_product_does_not_see_the_others(dtype: torch.dtype) -> None:
                 assert torch.equal(F.linear(rows, w), whole[start : start + num])
                 found = torch.bmm(rows.reshape(num, 3, 100).transpose(0, 1), heads)
                 assert torch.equal(found, headed[:, start : start + num])
+                wide = found.new_zeros(num, 3, 20)[..., :13].transpose(0, 1)  # a place among others
+                torch.bmm(rows.reshape(num, 3, 100).transpose(0, 1), heads, out=wide)
+                assert torch.equal(wide, found)
     tolerance = 1e-4 if dtype == torch.float32 else 0.2
     torch.testing.assert_close(whole.double(), x.double() @ w.double().t(), atol=tolerance, rtol=1e-2)
     wanted = torch.bmm(x.view(65, 3, 100).transpose(0, 1).double(), heads.double())

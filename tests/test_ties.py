@@ -14,7 +14,8 @@ TOKENS = torch.arange(150) % 200
 
 def _share(model: torch.nn.Module, lengths: list[int], topk: int) -> float:
     context = tiny.packed(lengths)
-    with torch.no_grad(), Ties(model, context.cu_seqlens_S, topk) as ties:
+    assert model.config.index_topk == topk  # type: ignore[union-attr]
+    with torch.no_grad(), Ties(model, context) as ties:
         model(TOKENS[: sum(lengths)], context)
     return ties.share
 
@@ -61,7 +62,7 @@ def test_a_common_query_is_looked_at_once() -> None:
     token_F, place_T = torch.tensor([*range(20), *range(12)]), torch.arange(20)
     cuts = torch.tensor([0, 20, 32])
     context = SharedContext(attention="sparse", cu_seqlens_S=cuts, token_F=token_F, place_T=place_T)
-    with torch.no_grad(), Ties(model, cuts, 7, (token_F, place_T)) as ties:
+    with torch.no_grad(), Ties(model, context) as ties:
         model(TOKENS[:20], context)
     assert 0 < ties.share < 1 and ties.share == pytest.approx(_by_hand(model, [20], 7))
 
