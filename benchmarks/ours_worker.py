@@ -1,10 +1,9 @@
-"""One process of our own side: TorchEngine and Learner in this process, or behind Ray as in a run.
+"""One process of our own side: TorchEngine and Learner in this process, or either engine behind Ray as in a run.
 
 The loop is that of posttrain/stages/rl.py without ledger and files; groups without a signal are not
 dropped, so that both sides train on the same number of tokens. Next: vs_trl.py.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,13 +21,11 @@ from posttrain.generation import sample_seed
 from posttrain.learner import Learner, Setup
 from posttrain.memory import PeakMemory
 from posttrain.model import checkpoint
+from posttrain.rollouts.geometry import BYTES, Geometry
 from posttrain.rollouts.pool import PoolSetup
 from posttrain.rollouts.request import Request, Sampling
 from posttrain.rollouts.torch_engine import TorchEngine
 from posttrain.schema import Batch, Rollout, Sample, Task
-
-TOKENS_PER_BATCH = config.Learner().tokens_per_microbatch
-MAX_ROWS = config.Rollouts().max_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +39,26 @@ class Side:
 
 
 def main() -> None:
-    """Train for the steps of the specification; a third argument "ray" puts both halves into actors."""
+    """Train for the steps of the specification; rollouts "ray" and "vllm" put both halves into actors."""
     spec = worker.read_spec()
     process.prepare()  # as our actors do
     torch.set_num_threads(spec.threads)
-    use_ray = sys.argv[3:] == ["ray"]
+    use_ray = spec.rollouts != "torch"
     with PeakMemory() as peak, ExitStack() as stack:
         side = _remote(spec, stack) if use_ray else _local(spec)
         steps = [_step(spec, side, n) for n in range(spec.total_steps)]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    worker.write_result(spec, steps, peak.bytes if use_ray else worker.peak_bytes(), versions)
+    allocated = None if use_ray else worker.allocated_bytes(spec)
+    peak_bytes = peak.bytes if use_ray else worker.peak_bytes()
+    worker.write_result(spec, steps, peak_bytes, versions, allocated_bytes=allocated)
 
 
 def _local(spec: worker.Spec) -> Side:
     learner = Learner(_setup(spec))
     engine = TorchEngine(learner.model, checkpoint.load_tokenizer(Path(spec.checkpoint)))
+    print(f"learner: {learner.backend}; engine: {engine.backend}")
     return Side(
-        generate=lambda requests, settings: engine.generate(requests, settings, max_rows=MAX_ROWS),
+        generate=lambda requests, settings: engine.generate(requests, settings, max_rows=spec.max_rows),
         train=lambda batches: learner.grpo_step(batches, config.Loss(clip=spec.clip), 1.0),
         publish=lambda _: None,  # one process, one copy of the weights
     )
@@ -67,22 +67,40 @@ def _local(spec: worker.Spec) -> Side:
 def _remote(spec: worker.Spec, stack: ExitStack) -> Side:
     from posttrain.cluster import Cluster  # imports Ray
 
+    engine = "vllm" if spec.rollouts == "vllm" else "torch"
     cfg = config.Run.model_validate(
         {
             "name": "vs-trl",
-            "cluster": {"device": "cpu", "threads": spec.threads},
+            "cluster": {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads},
+            "rollouts": {"engine": engine},
             "stages": [{"name": "export", "kind": "export", "source": spec.checkpoint}],
         }
     )
     cluster = stack.enter_context(Cluster(cfg))
     learner = stack.enter_context(cluster.learner(_setup(spec)))
-    setup = PoolSetup(checkpoint=Path(spec.checkpoint), attention="sparse", max_rows=MAX_ROWS)
+    setup = PoolSetup(
+        checkpoint=Path(spec.checkpoint),
+        attention="sparse",
+        engine=engine,  # type: ignore[arg-type]  # one of the two
+        max_rows=spec.max_rows,
+        cache_bytes=_cache_bytes(spec),
+        batched_tokens=max(2048, spec.tokens_per_batch),
+    )
     pool = stack.enter_context(cluster.pool(setup))
     return Side(
         generate=pool.generate,
         train=lambda batches: learner.call("grpo_step", batches, config.Loss(clip=spec.clip), 1.0),
         publish=lambda version: pool.load(version, learner.publish),
     )
+
+
+def _cache_bytes(spec: worker.Spec) -> int:
+    """For every sequence of a wave, rounded up to blocks of 16 tokens; vLLM also wants room for one of the longest."""
+    shape = Geometry.read(Path(spec.checkpoint))
+    assert shape is not None, "we wrote it"
+    wave = min(spec.max_rows, spec.completions) * (spec.longest + 16)
+    tokens = max(wave, checkpoint.max_length(spec.checkpoint)) + 16
+    return tokens * shape.num_hidden_layers * shape.entry_size * BYTES[spec.dtype]
 
 
 def _setup(spec: worker.Spec) -> Setup:
@@ -92,6 +110,8 @@ def _setup(spec: worker.Spec) -> Setup:
         optimizer=config.Optimizer(lr=spec.lr, betas=spec.betas),
         total_steps=spec.total_steps,
         train=frozenset({"model"}),
+        device=spec.device,
+        dtype=spec.dtype,
         seed=spec.seed,
     )
 
@@ -119,6 +139,7 @@ def _step(spec: worker.Spec, side: Side, number: int) -> worker.Step:
     scored = time.perf_counter()
     side.train(batches)
     side.publish(number + 1)
+    worker.synchronize(spec)
     ended = time.perf_counter()
     lengths = [r.num_sampled for r in rollouts]
     worker.check(spec, lengths)
@@ -151,7 +172,7 @@ def _score(spec: worker.Spec, rollouts: Sequence[Rollout]) -> list[Batch]:
             for r, advantage in zip(group, found, strict=True)
         ]
     weights = packing.token_weights(samples, "sequence", num_groups=spec.tasks_per_step)
-    return packing.pack(samples, weights, tokens_per_batch=TOKENS_PER_BATCH)
+    return packing.pack(samples, weights, tokens_per_batch=spec.tokens_per_batch)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,37 @@
 """Seconds per step and peak memory against TRL's GRPOTrainer: same checkpoint, prompts and amount of work.
 
-`python benchmarks/vs_trl.py`; processes of the two sides alternate, so that other load on the machine meets
-both. TRL gets its own virtual environment in .bench/ on the first call. Next: README.md, worker.py.
+    python benchmarks/vs_trl.py                                                # on a CPU; TRL gets its own environment in .bench/
+    python benchmarks/vs_trl.py --size gpu --trl-python python --json out.json    # on one GPU, TRL in the same environment
+    python benchmarks/vs_trl.py --size gpu --tiny --steps 1                       # tries the lines of the GPU's size on a CPU
 
-Wall time means something on a quiet machine only: "others" is the CPU share that other processes took, and
+Processes of the sides alternate, so that other load on the machine meets all. On a GPU several of TRL's ways to generate
+are tried (--sides); one that fails or takes more than --timeout is told, and the others go on. Next: README.md, trl_sizes.py, worker.py.
+
+Wall time on a CPU means something on a quiet machine only: "others" is the CPU share that other processes took, and
 a figure with more than QUIET of it is marked.
 """
 
 import argparse
 import json
 import os
+import random
 import re
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import worker
+from trl_sizes import SIDES, SIZES, TINY_ARCH, Side, Size
+
+# isort: split
+import worker  # takes this folder off the path
 
 from posttrain import process
 from posttrain.toy import sorting
@@ -31,76 +41,89 @@ BENCH = ROOT / ".bench"
 TRL = "trl==1.16.0"
 QUIET = 0.1
 """Most CPU that other processes may take, as a share of the machine."""
-ARCH: dict[str, Any] = {
-    "hidden_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "q_lora_rank": 96,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "intermediate_size": 576,
-    "moe_intermediate_size": 192,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.0,
-    "n_group": 1,
-    "topk_group": 1,
-    "initializer_range": 0.1,
-    "max_position_embeddings": 512,
-    "index_topk": 16,
-    "index_n_heads": 2,
-    "index_head_dim": 32,
-}
-"""About 4.0 M parameters; experts and top-k as in configs/demo.toml."""
-
-RAY = "ours, Ray"
 Result = dict[str, Any]
 
 
 def main() -> None:
     """Install, run, print."""
     args = _parser().parse_args()
-    python = {"trl": _trl_python(), "ours": sys.executable, RAY: sys.executable}
-    checkpoint, num_parameters = _checkpoint()
-    sides = ["trl", "ours", RAY] if args.ray else ["trl", "ours"]
-    print(
-        f"{num_parameters / 1e6:.2f} M parameters, 32 completions of up to 64 tokens per step, fp32, "
-        f"{args.threads} threads; {args.rounds} rounds of {args.steps} steps"
-    )
+    size = _size(args)
+    python = {True: args.trl_python or _trl_python(), False: sys.executable}
+    checkpoint, num_parameters = _checkpoint(size)
+    told = [
+        f"{num_parameters / 1e6:.2f} M parameters, {size.tasks_per_step} prompts x {size.group_size} completions of up to",
+        f"{size.new_tokens} tokens per step, micro-batches of {size.micro_batch} for TRL, {size.device};",
+        f"{args.rounds} rounds of {args.steps} steps, {args.threads} threads",
+    ]
+    print(" ".join(told))
     report: dict[str, Any] = {"parameters": num_parameters, "rounds": args.rounds, "threads": args.threads}
-    report |= {"arch": ARCH, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")}
+    report |= {"size": asdict(size), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")}
     for eos in ("off", "on") if args.eos == "both" else (args.eos,):
-        spec = _spec(checkpoint, stop_at_eos=eos == "on", steps=args.steps, threads=args.threads)
-        results: dict[str, list[Result]] = {side: [] for side in sides}
+        results: dict[str, list[Result]] = {}
+        failed: dict[str, str] = {}
         for _ in range(args.rounds):
-            for side in sides:
-                results[side].append(_run(side, python[side], spec, huge_pages=args.huge_pages))
+            for name in (name for name in size.sides if name not in failed):
+                spec = _spec(size, SIDES[name], checkpoint, args, stop_at_eos=eos == "on")
+                found = _run(name, python[SIDES[name].is_trl], spec, args)
+                if isinstance(found, str):
+                    failed[name] = found
+                    results.pop(name, None)
+                else:
+                    results.setdefault(name, []).append(found)
         _check_equal_prompts(results)
         report[f"eos_{eos}"] = figures = _figures(results)
+        report[f"failed_eos_{eos}"] = failed
         print(f"\nEOS {eos}\n{_table(figures)}", flush=True)
         report["versions"] = {side: runs[0]["versions"] for side, runs in results.items()}
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
     print("\n" + "; ".join(f"{side}: {v}" for side, v in report["versions"].items()))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=3, help="processes of each side")
-    options.add_argument("--steps", type=int, default=8, help="measured steps of a process")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--size", choices=SIZES, default="cpu")
+    options.add_argument("--tiny", action="store_true", help="the same sides on a CPU, for seconds")
+    options.add_argument("--sides", nargs="+", choices=SIDES, help="which to measure, in this order")
+    options.add_argument("--prompts", type=int, help="of a step, instead of the size's")
+    options.add_argument("--micro-batch", type=int, help="completions, instead of the size's")
+    options.add_argument("--rounds", type=int, help="processes of each side (cpu: 3, gpu: 1)")
+    options.add_argument("--steps", type=int, help="measured steps of a process (cpu: 8, gpu: 1)")
     options.add_argument("--threads", type=int, default=2, help="torch threads of each process")
-    options.add_argument("--eos", choices=("off", "on", "both"), default="both")
-    options.add_argument("--ray", action="store_true", help="also measure our side behind Ray")
+    options.add_argument("--eos", choices=("off", "on", "both"), help="cpu: both, gpu: off")
+    options.add_argument("--timeout", type=int, default=3600, help="seconds of one process")
+    options.add_argument(
+        "--trl-python", help="an interpreter that has TRL; by default an environment is made"
+    )
     options.add_argument(
         "--huge-pages", action="store_true", help="let TRL have huge pages too, as our actors do"
     )
     options.add_argument("--json", type=Path, help="write all figures here")
     return options
+
+
+def _size(args: argparse.Namespace) -> Size:
+    """What is measured; also fills in what the arguments leave to it."""
+    size, on_cpu = SIZES[args.size], args.size == "cpu"
+    if args.tiny:
+        size = replace(
+            size, arch=TINY_ARCH, prompt=min(size.prompt, 14), tasks_per_step=2, group_size=4, new_tokens=8,
+            micro_batch=4, device="cpu", dtype="float32",
+        )  # fmt: skip
+    if args.rounds is None:
+        args.rounds = 3 if on_cpu else 1
+    if args.steps is None:
+        args.steps = 8 if on_cpu else 1
+    if args.eos is None:
+        args.eos = "both" if on_cpu else "off"
+    return replace(
+        size,
+        sides=tuple(args.sides or size.sides),
+        tasks_per_step=args.prompts or size.tasks_per_step,
+        micro_batch=args.micro_batch or size.micro_batch,
+    )
 
 
 def _trl_python() -> str:
@@ -130,8 +153,8 @@ def _trl_python() -> str:
     return str(python)
 
 
-def _checkpoint() -> tuple[Path, int]:
-    """A fresh random checkpoint with the toy tokenizer, and its number of parameters."""
+def _checkpoint(size: Size) -> tuple[Path, int]:
+    """A fresh random checkpoint in the size's type with the toy tokenizer, and its number of parameters."""
     import torch  # heavy, and --help needs none of it
 
     from posttrain.model import checkpoint
@@ -141,68 +164,130 @@ def _checkpoint() -> tuple[Path, int]:
     path = BENCH / "checkpoint"
     words = tokenizer.build()
     torch.manual_seed(0)
-    model = DeepseekV32ForCausalLM(
-        DeepseekV32Config(
-            **ARCH,
-            vocab_size=len(words),
-            bos_token_id=None,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-    )
-    checkpoint.save(model, path, words)
+    fields = {"vocab_size": len(words), "bos_token_id": None} | dict(size.arch)
+    fields |= {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    model = DeepseekV32ForCausalLM(DeepseekV32Config(**fields))
+    checkpoint.save(model.to(getattr(torch, size.dtype)), path, words)
     return path, sum(p.numel() for p in model.parameters())
 
 
-def _spec(checkpoint: Path, *, stop_at_eos: bool, steps: int, threads: int) -> worker.Spec:
-    warmup_steps, tasks_per_step = 1, 8
-    tasks = sorting.tasks(seed=0, n=(warmup_steps + steps) * tasks_per_step)
+def _spec(
+    size: Size, side: Side, checkpoint: Path, args: argparse.Namespace, *, stop_at_eos: bool
+) -> worker.Spec:
+    warmup_steps = 1
+    prompts = _prompts(size, (warmup_steps + args.steps) * size.tasks_per_step)
+    # With the two tokens of the template. A sorting task has 12 at most.
+    longest = (size.prompt or 12) + 2 + size.new_tokens
+    on_cpu = args.size == "cpu"
     return worker.Spec(
         checkpoint=str(checkpoint),
-        prompts=[task.question for task in tasks],
-        tasks_per_step=tasks_per_step,
-        group_size=4,
-        new_tokens=64,
+        prompts=prompts,
+        tasks_per_step=size.tasks_per_step,
+        group_size=size.group_size,
+        new_tokens=size.new_tokens,
         stop_at_eos=stop_at_eos,
         warmup_steps=warmup_steps,
-        steps=steps,
-        threads=threads,
+        steps=args.steps,
+        threads=args.threads,
         lr=1e-5,
         betas=(0.9, 0.95),
         clip=0.2,
         seed=0,
+        device=size.device,
+        dtype=size.dtype,
+        rollouts=side.rollouts,
+        micro_batch=size.micro_batch,
+        tokens_per_batch=4096 if on_cpu else size.micro_batch * longest,  # on a CPU our default
+        max_rows=256 if on_cpu else size.tasks_per_step * size.group_size,
+        longest=longest,
     )
 
 
-def _run(side: str, python: str, spec: worker.Spec, *, huge_pages: bool) -> Result:
-    """One process from its start to its end."""
+def _prompts(size: Size, num: int) -> list[str]:
+    if not size.prompt:
+        return [task.question for task in sorting.tasks(seed=0, n=num)]
+    rng = random.Random(0)
+    return [" ".join(rng.choices(sorting.LETTERS, k=size.prompt)) for _ in range(num)]
+
+
+def _run(name: str, python: str, spec: worker.Spec, args: argparse.Namespace) -> Result | str:
+    """One process from its start to its end; the reason if it failed on a GPU."""
     given, out = BENCH / "spec.json", BENCH / "result.json"
     given.write_text(json.dumps(asdict(spec)))
     out.unlink(missing_ok=True)
-    script = ROOT / "benchmarks" / ("trl_worker.py" if side == "trl" else "ours_worker.py")
-    command = [python, str(script), str(given), str(out), *(["ray"] if side == RAY else [])]
+    side = SIDES[name]
+    script = ROOT / "benchmarks" / side.script
     threads = str(spec.threads)
     env = os.environ | {
         "OMP_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    if side == "trl":
+    if side.is_trl and not args.trl_python:
         env.pop("PYTHONPATH", None)  # nothing of ours in the other environment
-    if huge_pages or side != "trl":
+    if args.huge_pages or not side.is_trl:
         env = process.ENVIRONMENT | env
     busy, began = _busy_s() - _children_s(), time.monotonic()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    with GpuMemory(on=spec.device == "cuda") as gpu:
+        try:
+            done = subprocess.run(
+                [python, str(script), str(given), str(out)],
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=args.timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return _failed(name, f"not done in {args.timeout} s")
     others = (_busy_s() - _children_s() - busy) / (time.monotonic() - began) / (os.cpu_count() or 1)
     if done.returncode:
-        raise RuntimeError(f"{side}: {script.name} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        text = f"{script.name} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        if args.size == "cpu":
+            raise RuntimeError(f"{name}: {text}")
+        return _failed(name, text)
     result: Result = json.loads(out.read_text())
     seconds = statistics.median(step["total"] for step in result["steps"])
     # Ray's processes are not our children: their time cannot be told from that of others.
-    result["others"] = None if side == RAY else others
-    told = "" if side == RAY else f", others took {others:.0%} of the CPU"
-    print(f"  {side}: {seconds:.3f} s/step{told}", flush=True)
+    behind_ray = name in ("ours-ray", "ours-vllm")
+    result["others"] = None if behind_ray else others
+    result["gpu_bytes"] = gpu.bytes
+    told = "" if behind_ray else f", others took {others:.0%} of the CPU"
+    print(f"  {name}: {seconds:.3f} s/step{told}", flush=True)
     return result
+
+
+def _failed(name: str, why: str) -> str:
+    print(f"  {name}: FAILED: {' '.join(why.splitlines()[-1:])[:300]}", flush=True)
+    return why
+
+
+class GpuMemory:
+    """Most memory in use on the first GPU, all processes, above what was in use before; 0 without one."""
+
+    def __init__(self, *, on: bool) -> None:
+        self.bytes = 0
+        self._on = on
+
+    def __enter__(self) -> Self:
+        if self._on:
+            command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+            before = int(subprocess.check_output(command, text=True))
+            self._smi = subprocess.Popen([*command, "-lms", "50"], stdout=subprocess.PIPE, text=True)
+            self._thread = threading.Thread(target=self._watch, args=(before,))
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._on:
+            self._smi.terminate()
+            self._thread.join()
+
+    def _watch(self, before: int) -> None:
+        assert self._smi.stdout is not None, "it is a pipe"
+        for line in self._smi.stdout:
+            if line.strip().isdigit():
+                self.bytes = max(self.bytes, (int(line) - before) << 20)
 
 
 def _busy_s() -> float:
@@ -222,54 +307,66 @@ def _check_equal_prompts(results: dict[str, list[Result]]) -> None:
     seen = {
         tuple(tuple(step["prompts"] for step in run["steps"]) for run in runs) for runs in results.values()
     }
-    assert len(seen) == 1, "the two sides did not see the same prompt tokens"
+    assert len(seen) <= 1, "the sides did not see the same prompt tokens"
 
 
 def _figures(results: dict[str, list[Result]]) -> dict[str, Any]:
-    """Medians over all measured steps of each side; ratios are TRL's figure over ours."""
-    figures: dict[str, Any] = {}
-    per_round = {
-        side: [statistics.median(s["total"] for s in run["steps"]) for run in runs]
-        for side, runs in results.items()
-    }
-    for side, runs in results.items():
-        steps = [step for run in runs for step in run["steps"]]
-        total = statistics.median(s["total"] for s in steps)
-        seconds = sum(s["total"] for s in steps)
-        generate, score = (sum(s[part] for s in steps) / seconds for part in ("generate", "score"))
-        tokens = sum(sum(s["lengths"]) for s in steps) / len(steps)
-        figures[side] = {
-            "s_per_step": total,
-            "s_per_step_rounds": per_round[side],
-            "shares": {"generate": generate, "score": score, "train": 1 - generate - score},
-            "tokens_per_step": tokens,
-            "cpu_s_per_step": None if side == RAY else statistics.median(s["cpu"] for s in steps),
-            "others": None if side == RAY else max(run["others"] for run in runs),
-            "ms_per_token": 1000 * seconds / len(steps) / tokens,
-            "peak_mib": statistics.median(run["peak_bytes"] for run in runs) / 2**20,
-            "steps": steps,
-        }
-    for side in results:
-        ratios = [a / b for a, b in zip(per_round["trl"], per_round[side], strict=True)]
-        figures[side]["times_faster"] = figures["trl"]["s_per_step"] / figures[side]["s_per_step"]
-        figures[side]["times_faster_rounds"] = ratios
+    """Medians over all measured steps of each side; ratios are the fastest TRL's figure over the side's."""
+    figures = {side: _side_figures(runs) for side, runs in results.items()}
+    trl = [side for side in results if SIDES[side].is_trl]
+    if not trl:
+        return figures
+    best = min(trl, key=lambda side: figures[side]["s_per_step"])
+    for row in figures.values():
+        rounds = zip(figures[best]["s_per_step_rounds"], row["s_per_step_rounds"], strict=True)
+        row["times_faster"] = figures[best]["s_per_step"] / row["s_per_step"]
+        row["times_faster_rounds"] = [theirs / ours for theirs, ours in rounds]
+        row["memory_of_trl"] = row["peak_mib"] / min(figures[side]["peak_mib"] for side in trl)
     return figures
+
+
+def _side_figures(runs: Sequence[Result]) -> dict[str, Any]:
+    steps = [step for run in runs for step in run["steps"]]
+    seconds = sum(s["total"] for s in steps)
+    generate, score = (sum(s[part] for s in steps) / seconds for part in ("generate", "score"))
+    tokens = sum(sum(s["lengths"]) for s in steps) / len(steps)
+    peak = statistics.median(run["gpu_bytes"] or run["peak_bytes"] for run in runs)
+    allocated = [run["allocated_bytes"] for run in runs if run["allocated_bytes"]]
+    alone = all(run["others"] is not None for run in runs)
+    return {
+        "s_per_step": statistics.median(s["total"] for s in steps),
+        "s_per_step_rounds": [statistics.median(s["total"] for s in run["steps"]) for run in runs],
+        "shares": {"generate": generate, "score": score, "train": 1 - generate - score},
+        "tokens_per_step": tokens,
+        "cpu_s_per_step": statistics.median(s["cpu"] for s in steps) if alone else None,
+        "others": max(run["others"] for run in runs) if alone else None,
+        "ms_per_token": 1000 * seconds / len(steps) / tokens,
+        "peak_mib": peak / 2**20,
+        "allocated_mib": statistics.median(allocated) / 2**20 if allocated else None,
+        "warmup_s": [run["warmup"] for run in runs],
+        "steps": steps,
+    }
 
 
 def _table(figures: dict[str, Any]) -> str:
     lines = [
-        f"{'':10s}s/step  times faster (rounds)  CPU s/step  generate  score  train  tokens/step  "
-        "ms/token  peak MiB  others"
+        f"{'':17s}s/step  times faster (rounds)  CPU s/step  generate  score  train  tokens/step  "
+        "ms/token  peak MiB  allocated  others"
     ]
     for side, row in figures.items():
         shares = row["shares"]
-        rounds = f"({min(row['times_faster_rounds']):.2f} to {max(row['times_faster_rounds']):.2f})"
+        faster = ""
+        if "times_faster" in row:
+            rounds = row["times_faster_rounds"]
+            faster = f"{row['times_faster']:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
         cpu = "" if row["cpu_s_per_step"] is None else f"{row['cpu_s_per_step']:.3f}"
         others = "" if row["others"] is None else f"{row['others']:.0%}"
+        allocated = "" if row["allocated_mib"] is None else f"{row['allocated_mib']:.0f}"
         lines.append(
-            f"{side:10s}{row['s_per_step']:6.3f}  {row['times_faster']:5.2f} {rounds:15s}  {cpu:>10s}  "
+            f"{side:16s}{row['s_per_step']:7.3f}  {faster:>21s}  {cpu:>10s}  "
             f"{shares['generate']:8.0%}  {shares['score']:5.0%}  {shares['train']:5.0%}  "
-            f"{row['tokens_per_step']:11.0f}  {row['ms_per_token']:8.3f}  {row['peak_mib']:8.0f}  {others:>6s}"
+            f"{row['tokens_per_step']:11.0f}  {row['ms_per_token']:8.3f}  {row['peak_mib']:8.0f}  "
+            f"{allocated:>9s}  {others:>6s}"
         )
     if any((row["others"] or 0) > QUIET for row in figures.values()):
         lines.append(f"NOT QUIET: other processes took more than {QUIET:.0%} of the CPU; do not publish")

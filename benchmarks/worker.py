@@ -1,6 +1,6 @@
 """What both sides of vs_trl.py share: the specification of a run, the reward, the clock, the result.
 
-Imported in two virtual environments, so it needs the standard library only. Next: trl_worker.py,
+Imported in two virtual environments, so it needs the standard library and torch only. Next: trl_worker.py,
 ours_worker.py.
 """
 
@@ -12,6 +12,8 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 # Python put this folder on the path. transformers looks for Hugging Face's package `kernels` and would take
 # kernels.py of this folder for it.
@@ -36,6 +38,20 @@ class Spec:
     betas: tuple[float, float]
     clip: float
     seed: int
+    device: str
+    """"cpu" or "cuda"."""
+    dtype: str
+    """Of our learner and engine."""
+    rollouts: str
+    """How this side generates: a word of its own worker."""
+    micro_batch: int
+    """Sequences of one forward and backward pass of TRL."""
+    tokens_per_batch: int
+    """Tokens of one of ours, prompts counted for every completion."""
+    max_rows: int
+    """Sequences that we decode at the same time."""
+    longest: int
+    """Tokens of the longest prompt with its completion."""
 
     @property
     def total_steps(self) -> int:
@@ -94,6 +110,17 @@ def peak_bytes() -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found, "no VmHWM in /proc/self/status"
     return int(found[1]) * 1024
+
+
+def synchronize(spec: Spec) -> None:
+    """Wait for what was launched on a GPU."""
+    if spec.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def allocated_bytes(spec: Spec) -> int | None:
+    """Largest memory of tensors on the GPU in this process so far."""
+    return torch.cuda.max_memory_allocated() if spec.device == "cuda" else None
 
 
 def write_result(spec: Spec, steps: list[Step], peak: int, versions: dict[str, str], **more: Any) -> None:
