@@ -1,10 +1,11 @@
 """What one learner and several ranks must do alike: the same cases by either, each giving tensors to compare.
 
-    python tests/group_worker.py RANK SIZE PORT CHECKPOINT OUT CONTEXT [CASE ...]
+    python tests/group_worker.py RANK SIZE PORT CHECKPOINT OUT CONTEXT DEVICE [CASE ...]
 
-Rank 0 leaves the results in OUT/<case>.pt.
+Rank 0 leaves the results in OUT/results.pt. SIZE 1 is a learner alone.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,10 +36,11 @@ def learner(path: Path, group: Group | None, **changes: Any) -> Learner:
         "optimizer": config.Optimizer(lr=1e-2, max_grad_norm=0.7),
         "total_steps": 10,
         "train": frozenset({"model"}),
+        "device": os.environ.get("GROUP_DEVICE", "cpu"),  # given to this process by ranks.launch
     }
     sharding = {"ranks": 1 if group is None else group.size} | changes.pop("sharding", {})
     if group is None:
-        sharding.pop("spread_experts", None)
+        sharding = {"ranks": 1, "recompute": sharding.get("recompute", False)}
     if group is not None and group.sharing is not None:
         sharding["context"] = group.sharing.size
     return Learner(Setup(**(fields | changes), sharding=config.Sharding(**sharding)), group)
@@ -92,7 +94,7 @@ def watch(made: Learner) -> Found:
     def watched(**given: Any) -> Any:
         for name, parameter in made.model.named_parameters():
             if parameter.grad is not None:
-                seen[name] = whole(parameter.grad).clone()
+                seen[name] = whole(parameter.grad).cpu().clone()
         return step(**given)
 
     made.optimizers.step = watched  # type: ignore[method-assign]
@@ -202,7 +204,7 @@ def matrices(_: Path, group: Group | None) -> Found:
                 gradient if group is None else distribute_tensor(gradient, group._mesh, [Shard(0)])
             )
             optimizer.step()
-        found[str(shape)] = whole(parameter.detach())
+        found[str(shape)] = whole(parameter.detach()).cpu()
     return found
 
 
@@ -253,6 +255,7 @@ def saved(path: Path, group: Group | None, folder: Path) -> Found:
 
 
 SPREAD = {"spread_experts": True}
+OFFLOAD = {"offload": True}
 MUON = {"optimizer": config.Optimizer(kind="muon", lr=1e-2)}
 BF16 = {"dtype": "bfloat16"}
 CASES: dict[str, Callable[..., Found]] = {
@@ -278,23 +281,38 @@ CASES: dict[str, Callable[..., Found]] = {
     "mixed precision": lambda *a: gradients(*a, limit=60, **BF16, sharding={"mixed_precision": True}),
 }
 """By path and group."""
+OFFLOADED: dict[str, Callable[..., Found]] = {
+    "offloaded": lambda *a: gradients(*a, limit=60, sharding=OFFLOAD),
+    "offloaded, adamw": lambda *a: training(*a, sharding=OFFLOAD),
+    "offloaded, muon": lambda *a: training(*a, sharding=OFFLOAD, **MUON),
+    "offloaded, spread": lambda *a: gradients(*a, limit=60, sharding=OFFLOAD | SPREAD),
+    "offloaded, bf16": lambda *a: gradients(*a, limit=60, sharding=OFFLOAD, **BF16),
+}
+"""Where there is a GPU to offload from."""
 
 
-def main(rank: str, size: str, port: str, path: str, out: str, context: str, *names: str) -> None:
-    """Run the cases as one rank; with context > 1 the ranks share their batches."""
+def main(
+    rank: str, size: str, port: str, path: str, out: str, context: str, device: str, *names: str
+) -> None:
+    """Run the cases as one rank, or as one learner alone; with context > 1 the ranks share their batches."""
     torch.set_num_threads(1)
-    place = Place(rank=int(rank), size=int(size), address=f"tcp://127.0.0.1:{port}")
-    group = Group(place, device="cpu", timeout_s=60, context=int(context))
-    cases = CASES | {"triton": triton}
-    results: dict[str, Found] = {name: cases[name](Path(path), group) for name in names or CASES}
-    if not names:
-        results["snapshot"] = snapshot(Path(path), group, Path(out, "by-two"))
-        results["spread"] = snapshot(Path(path), group, Path(out, "by-two-spread"), sharding=SPREAD)
-        results["goes on"] = goes_on(Path(path), group, Path(out, "by-one"))
-        results["saved"] = saved(Path(path), group, Path(out, "checkpoint"))
-    if group.rank == 0:
+    group, own, other = None, "by-one", "by-two"
+    if int(size) > 1:
+        place = Place(rank=int(rank), size=int(size), address=f"tcp://127.0.0.1:{port}")
+        group = Group(place, device=device, timeout_s=60, context=int(context))
+        own, other = other, own
+    folders: dict[str, Callable[..., Found]] = {
+        "snapshot": lambda *a: snapshot(*a, Path(out, own)),
+        "spread": lambda *a: snapshot(*a, Path(out, f"{own}-spread"), sharding=SPREAD),
+        "goes on": lambda *a: goes_on(*a, Path(out, other)),
+        "saved": lambda *a: saved(*a, Path(out, "checkpoint")),
+    }
+    cases = CASES | OFFLOADED | {"triton": triton} | folders
+    results = {name: cases[name](Path(path), group) for name in names or (*CASES, *folders)}
+    if group is None or group.rank == 0:
         torch.save(results, Path(out, "results.pt"))
-    group.close()
+    if group is not None:
+        group.close()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,5 @@
 """Two ranks do what one does: gradients, updates, figures, snapshots, checkpoints; and how batches are shared out."""
 
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +8,7 @@ import pytest
 import tiny
 import torch
 from group_worker import CASES, Found, batches, learner
+from ranks import LIMITS, SHARED, assert_alike, joined, launch
 
 from posttrain import config
 from posttrain.group import passes
@@ -20,10 +16,7 @@ from posttrain.learner import Setup
 from posttrain.model import checkpoint
 from posttrain.muon import Muon, orthogonal
 
-ROOT = Path(__file__).parents[1]
 FP32 = [name for name in CASES if name not in ("matrices", "bf16", "mixed precision")]
-LIMITS = {"muon": 1e-3, "adamw": 1e-5, "adapters": 1e-5, "spread, three steps": 1e-5}
-"""Cases of several updates, where the last bit of a gradient grows; Muon rounds to bf16 on its way."""
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -118,48 +111,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.sparse_checkpoint(tmp_path_factory.mktemp("sparse"))
 
 
-def _launch(path: Path, out: Path, *, size: int, context: int, names: Sequence[str] = ()) -> dict[str, Found]:
-    """What ranks in processes of their own find, by case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = [str(size), str(port), path, out, str(context), *names]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "tests/group_worker.py", str(rank), *given],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(texts)
-    results: dict[str, Found] = torch.load(out / "results.pt")
-    return results
-
-
 @pytest.fixture(scope="module")
 def two(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
     """The folder that two ranks wrote in, and what they found."""
     out = tmp_path_factory.mktemp("two")
     group_worker.snapshot(path, None, out / "by-one")
-    return out, _launch(path, out, size=2, context=1)
-
-
-SHARED = (
-    "one batch",
-    "micro-batches",
-    "recomputed",
-    "kept",
-    "taught",
-    "gspo",
-    "warm-up",
-    "adapters",
-    "spread experts",
-)
+    return out, launch(path, out, size=2, context=1)
 
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["2 of 2", "2 of 4"])
@@ -168,7 +125,7 @@ def shared(
 ) -> dict[str, Found]:
     """What ranks find that share their batches: all of them, or pairs of four."""
     size, context = request.param
-    return _launch(path, tmp_path_factory.mktemp("shared"), size=size, context=context, names=SHARED)
+    return launch(path, tmp_path_factory.mktemp("shared"), size=size, context=context, names=SHARED)
 
 
 def _one(path: Path, name: str) -> Found:
@@ -176,30 +133,10 @@ def _one(path: Path, name: str) -> Found:
     return CASES[name](path, None)
 
 
-def _joined(found: Found, kind: str) -> torch.Tensor:
-    return torch.cat([t.double().flatten() for name, t in sorted(found.items()) if name.startswith(kind)])
-
-
-def _assert_alike(found: Found, expected: Found, limit: float = 1e-6) -> None:
-    """Gradients, weights after the update and log-probs to a part of their norm, and every figure."""
-    assert found.keys() == expected.keys() and len(found) > 20
-    kinds = {key.partition("/")[0] for key in found} - {"figure"}
-    if limit > 1e-6:  # a bit may choose another entry or expert for a token
-        kinds -= {"logprobs"}
-    for kind in kinds:
-        ours, theirs = _joined(found, kind), _joined(expected, kind)
-        assert theirs.norm() > 1e-3
-        assert (ours - theirs).norm() < limit * theirs.norm(), kind
-    for key in (key for key in found if key.startswith("figure")):
-        assert float(found[key]) == pytest.approx(
-            float(expected[key]), rel=max(2e-5, 10 * limit), abs=1e-7
-        ), key
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FP32)
 def test_two_ranks_are_one_learner(path: Path, two: tuple[Path, dict[str, Found]], name: str) -> None:
-    _assert_alike(two[1][name], _one(path, name), LIMITS.get(name, 1e-6))
+    assert_alike(two[1][name], _one(path, name), LIMITS.get(name, 1e-6))
 
 
 @pytest.mark.slow
@@ -213,7 +150,7 @@ def test_ranks_that_share_their_batches_are_one_learner(
     """
     assert "figure/ties" not in shared[name]
     expected = {key: value for key, value in _one(path, name).items() if key != "figure/ties"}
-    _assert_alike(shared[name], expected, LIMITS.get(name, 1e-6))
+    assert_alike(shared[name], expected, LIMITS.get(name, 1e-6))
 
 
 @pytest.mark.slow
@@ -221,11 +158,11 @@ def test_kernels_of_shared_batches_and_recomputed_layers_are_those_of_torch(tmp_
     """The KL of the indexer is known in the backward pass alone there: its figure must be that of the first pass."""
     path = tiny.sparse_checkpoint(tmp_path / "one-layer", num_hidden_layers=1)
     expected = group_worker.triton(path, None, backend="torch")
-    found = _launch(path, tmp_path, size=2, context=2, names=["triton"])["triton"]
+    found = launch(path, tmp_path, size=2, context=2, names=["triton"])["triton"]
     again = group_worker.triton(path, None, sharding={"recompute": True})
     assert float(expected["figure/indexer_kl"]) > 0
     for ours in (found, again):
-        _assert_alike(ours, expected, limit=2e-5)
+        assert_alike(ours, expected, limit=2e-5)
 
 
 @pytest.mark.slow
@@ -243,10 +180,10 @@ def test_neither_ranks_nor_packing_nor_order_change_a_step(
     """One batch on one rank against micro-batches on two: the gradients and the update of SGD."""
     found, expected = two[1][name], _one(path, "one batch")
     for kind in ("grad", "logprobs", "weight"):
-        ours, theirs = _joined(found, kind), _joined(expected, kind)
+        ours, theirs = joined(found, kind), joined(expected, kind)
         assert (ours - theirs).norm() < 1e-6 * theirs.norm(), kind
-    moved = _joined({f"weight/{n}": t for n, t in checkpoint.load(path).state_dict().items()}, "weight")
-    assert (moved - _joined(expected, "weight")).norm() > 1e-4 * moved.norm(), "the update is no noise"
+    moved = joined({f"weight/{n}": t for n, t in checkpoint.load(path).state_dict().items()}, "weight")
+    assert (moved - joined(expected, "weight")).norm() > 1e-4 * moved.norm(), "the update is no noise"
 
 
 @pytest.mark.slow
@@ -254,9 +191,9 @@ def test_neither_ranks_nor_packing_nor_order_change_a_step(
 def test_bf16_on_two_ranks_is_that_of_one(path: Path, two: tuple[Path, dict[str, Found]], name: str) -> None:
     """Up to the rounding of sums, 2^-9 of each gradient. Under mixed precision weights and sums are fp32."""
     found, expected = two[1][name], _one(path, "bf16")
-    ours, theirs = _joined(found, "grad"), _joined(expected, "grad")
+    ours, theirs = joined(found, "grad"), joined(expected, "grad")
     assert 1e-5 < (ours - theirs).norm() / theirs.norm() < 1e-2
-    assert torch.equal(_joined(found, "logprobs"), _joined(expected, "logprobs"))
+    assert torch.equal(joined(found, "logprobs"), joined(expected, "logprobs"))
     dtypes = {t.dtype for n, t in found.items() if n.startswith("weight/") and "correction_bias" not in n}
     assert dtypes == {torch.float32 if name == "mixed precision" else torch.bfloat16}
 
@@ -268,12 +205,12 @@ def test_a_snapshot_of_one_rank_goes_on_on_two_and_back(
     out, results = two
     back = group_worker.goes_on(path, None, out / "by-two")
     for found in (results["goes on"], back):
-        ours, theirs = _joined(found, "weight"), _joined(results["snapshot"], "weight")
+        ours, theirs = joined(found, "weight"), joined(results["snapshot"], "weight")
         assert len(ours) > 10_000 and (ours - theirs).norm() < 1e-6 * theirs.norm()
     spread = group_worker.goes_on(path, None, out / "by-two-spread")
-    assert (_joined(spread, "weight") - _joined(results["spread"], "weight")).norm() < 1e-6 * theirs.norm()
+    assert (joined(spread, "weight") - joined(results["spread"], "weight")).norm() < 1e-6 * theirs.norm()
     again = group_worker.goes_on(path, None, out / "by-one")
-    assert (_joined(again, "weight") - _joined(back, "weight")).norm() < 1e-6 * theirs.norm()
+    assert (joined(again, "weight") - joined(back, "weight")).norm() < 1e-6 * theirs.norm()
 
 
 @pytest.mark.slow
