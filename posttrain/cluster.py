@@ -117,12 +117,12 @@ class Cluster:
         self._told[who] = self.backends[who] = backend
 
     def _learners(self) -> list[Any]:
-        """The learner actors of the run; several of them have met."""
+        """The learner actors of the run; those with shards have met."""
         if not self._learner_actors:
             cluster, size = self.cfg.cluster, self.cfg.cluster.sharding.ranks
             made = ray.remote(_LearnerActor).options(**self._actor_options("learner"))
             actors = [made.remote(max(1, self.threads // size)) for _ in range(size)]
-            if size > 1:
+            if cluster.sharding.wrapped:
                 address = self.wait([actors[0].address.remote()], "learner.address")
                 places = [Place(rank=rank, size=size, address=address) for rank in range(size)]
                 joined = [

@@ -449,7 +449,7 @@ class Sharding(Model):
     """How the learner is spread over processes, one per GPU; parameters, gradients and moments are cut (FSDP2)."""
 
     ranks: int = Field(1, ge=1)
-    """Learner processes. 1 trains without any wrapper."""
+    """Learner processes. 1 trains without any wrapper, unless it offloads."""
     context: int = Field(1, ge=1)
     """Ranks that share each batch, a part of its tokens each; more for sequences too long for one."""
     reshard: bool = True
@@ -461,13 +461,19 @@ class Sharding(Model):
     """Each rank keeps a share of the routed experts whole and tokens travel to them, instead of collecting all experts
     of a layer on every rank; pays where they are most of the model."""
     offload: bool = False
-    """Parameters and moments wait in host memory; slow, for models that do not fit otherwise. Needs a GPU."""
+    """Parameters, gradients and moments wait in host memory, where the optimizer runs; slow, for models that do not fit
+    otherwise. Needs a GPU; works with one rank too."""
     recompute: bool = False
     """Keep only the input of each layer and compute the rest again backward: far less memory, a third more work."""
 
+    @property
+    def wrapped(self) -> bool:
+        """Whether FSDP holds the parameters."""
+        return self.ranks > 1 or self.offload
+
     @model_validator(mode="after")
     def _only_for_several(self) -> Self:
-        for name in ("mixed_precision", "spread_experts", "offload"):
+        for name in ("mixed_precision", "spread_experts"):
             if self.ranks == 1 and getattr(self, name):
                 raise ValueError(
                     f"{name} = true with ranks = 1: one process has no shards; set ranks = 2 or more"

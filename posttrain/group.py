@@ -3,7 +3,8 @@
 Every rank is handed all batches of a step and picks its own, so that all know the totals that losses are divided by
 before the first forward pass. Gradients are *summed* over ranks: the weights of the tokens are those of the whole step
 (packing.py). Several ranks may share each batch (sharing.py), and experts may stay where they are (dispatch.py). One
-rank alone has no group, and none of this runs. Next: learner.py.
+rank alone has no group, and none of this runs, unless it offloads: FSDP2 is what keeps parameters in host memory.
+Next: learner.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -162,11 +162,13 @@ def clip_gradients(params: Sequence[nn.Parameter], most: float) -> Tensor:
     if not shards:
         return nn.utils.clip_grad_norm_(params, most)
     squares = [torch.linalg.vector_norm(shard, dtype=torch.float32).square() for shard in shards]
-    square = torch.stack(squares).sum()
+    # Offloaded ones are in host memory; experts that are spread stay on the device.
+    device = max((square.device for square in squares), key=lambda device: device.type != "cpu")
+    square = torch.stack([square.to(device) for square in squares]).sum()
     dist.all_reduce(square)
     factor = (most / (square.sqrt() + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
     for shard in shards:
-        shard.mul_(factor)
+        shard.mul_(factor.to(shard.device))
     return square.sqrt()
 
 

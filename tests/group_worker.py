@@ -2,7 +2,7 @@
 
     python tests/group_worker.py RANK SIZE PORT CHECKPOINT OUT CONTEXT DEVICE [CASE ...]
 
-Rank 0 leaves the results in OUT/results.pt. SIZE 1 is a learner alone.
+Rank 0 leaves the results in OUT/results.pt. SIZE 0 is a learner alone, without a group.
 """
 
 import os
@@ -294,10 +294,10 @@ OFFLOADED: dict[str, Callable[..., Found]] = {
 def main(
     rank: str, size: str, port: str, path: str, out: str, context: str, device: str, *names: str
 ) -> None:
-    """Run the cases as one rank, or as one learner alone; with context > 1 the ranks share their batches."""
+    """Run the cases as one rank, or (size 0) as a learner alone; with context > 1 the ranks share their batches."""
     torch.set_num_threads(1)
     group, own, other = None, "by-one", "by-two"
-    if int(size) > 1:
+    if int(size):
         place = Place(rank=int(rank), size=int(size), address=f"tcp://127.0.0.1:{port}")
         group = Group(place, device=device, timeout_s=60, context=int(context))
         own, other = other, own

@@ -34,7 +34,7 @@ SHARED = (
 def launch(
     path: Path, out: Path, *, size: int, context: int = 1, names: Sequence[str] = (), device: str = "cpu"
 ) -> dict[str, Found]:
-    """What ranks in processes of their own find, by case."""
+    """What ranks in processes of their own find, by case; size 0 is a learner alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,10 +49,10 @@ def launch(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(size)
+        for rank in range(max(1, size))
     ]
     texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(texts)
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(texts)
     results: dict[str, Found] = torch.load(out / "results.pt")
     return results
 

@@ -87,7 +87,7 @@ def test_recomputed_layers_run_twice_and_give_the_same_bits(tmp_path: Path) -> N
 
 
 def test_options_of_several_ranks_are_refused_for_one(tmp_path: Path) -> None:
-    for name in ("mixed_precision", "spread_experts", "offload"):
+    for name in ("mixed_precision", "spread_experts"):
         with pytest.raises(ValueError, match=f"{name} = true with ranks = 1"):
             config.Sharding.model_validate({name: True})
     with pytest.raises(ValueError, match="context = 2 does not divide ranks = 3"):
@@ -137,6 +137,13 @@ def _one(path: Path, name: str) -> Found:
 @pytest.mark.parametrize("name", FP32)
 def test_two_ranks_are_one_learner(path: Path, two: tuple[Path, dict[str, Found]], name: str) -> None:
     assert_alike(two[1][name], _one(path, name), LIMITS.get(name, 1e-6))
+
+
+@pytest.mark.slow
+def test_a_group_of_one_rank_is_a_learner_alone(path: Path, tmp_path: Path) -> None:
+    """What offloading on one GPU runs on; there is nothing to offload from here."""
+    for name, found in launch(path, tmp_path, size=1, names=["micro-batches", "adamw", "muon"]).items():
+        assert_alike(found, _one(path, name), LIMITS.get(name, 1e-6))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Two GPUs do what one does, over NCCL: the cases of test_group.py, snapshots both ways, parameters in host memory, an RL run.
+"""Two GPUs do what one does, over NCCL: the cases of test_group.py, snapshots both ways, an RL run.
 
     python -m pytest tests/gpu/test_ranks.py -q -s --junitxml=ranks.xml       # prints, and writes, how far apart they are
     PYTHONPATH=.:tests RANKS_DEVICE=cpu python -m pytest --noconftest tests/gpu/test_ranks.py # the same lines over gloo
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from group_worker import CASES, OFFLOADED, Found
+from group_worker import CASES, Found
 from ranks import LIMITS, ROOT, SHARED, assert_alike, distances, joined, launch
 
 from posttrain.model import checkpoint
@@ -27,15 +27,6 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="two GPUs are needed"
 )
 FP32 = [name for name in CASES if name not in ("matrices", "bf16", "mixed precision")]
-OFFLOAD = list(OFFLOADED) if DEVICE == "cuda" else []
-ALONE = {
-    "offloaded": "micro-batches",
-    "offloaded, adamw": "adamw",
-    "offloaded, muon": "muon",
-    "offloaded, spread": "micro-batches",
-    "offloaded, bf16": "bf16",
-}
-"""What a learner alone is to find for a case that it cannot run."""
 SNAPSHOTS = ["snapshot", "spread", "goes on", "saved"]
 Note = Callable[[str, object], None]
 
@@ -53,13 +44,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(path: Path, out: Path) -> dict[str, Found]:
     """What a learner alone finds; it leaves a snapshot."""
-    return launch(path, out, size=1, names=[*CASES, "snapshot"], device=DEVICE)
+    return launch(path, out, size=0, names=[*CASES, "snapshot"], device=DEVICE)
 
 
 @pytest.fixture(scope="module")
 def two(path: Path, out: Path, one: dict[str, Found]) -> dict[str, Found]:
     """What two ranks find; they go on from the snapshot of one and leave their own."""
-    return launch(path, out, size=2, names=[*CASES, *OFFLOAD, *SNAPSHOTS], device=DEVICE)
+    return launch(path, out, size=2, names=[*CASES, *SNAPSHOTS], device=DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -90,24 +81,15 @@ def test_ranks_that_share_their_batches_are_one_learner(
     _alike(f"shared: {name}", shared[name], expected, LIMITS.get(name, 1e-6), record_property)
 
 
-@pytest.mark.parametrize("name", ["offloaded", "offloaded, adamw", "offloaded, muon", "offloaded, spread"])
-def test_parameters_in_host_memory_change_nothing(
-    one: dict[str, Found], two: dict[str, Found], name: str, record_property: Note
-) -> None:
-    if not OFFLOAD:
-        pytest.skip("nothing to offload from")
-    _alike(name, two[name], one[ALONE[name]], LIMITS.get(ALONE[name], 1e-6), record_property)
-
-
-@pytest.mark.parametrize("name", ["bf16", "mixed precision", *OFFLOAD[4:]])
+@pytest.mark.parametrize("name", ["bf16", "mixed precision"])
 def test_bf16_on_two_ranks_is_that_of_one(
     one: dict[str, Found], two: dict[str, Found], name: str, record_property: Note
 ) -> None:
-    """Up to the rounding of sums."""
+    """Gradients, up to the rounding of sums; weights move in fp32 under mixed precision and in bf16 without."""
     far = distances(two[name], one["bf16"])
     record_property(name, far)
     print(f"{name:28s}" + "  ".join(f"{kind} {value:.1e}" for kind, value in sorted(far.items())))
-    assert far["grad"] < 1e-2 and far["weight"] < 1e-2
+    assert far["grad"] < 1e-2 and far["logprobs"] < 1e-2
 
 
 def test_muon_on_shards_is_muon_to_the_bit(one: dict[str, Found], two: dict[str, Found]) -> None:
@@ -124,7 +106,7 @@ def test_neither_ranks_nor_packing_change_a_step(one: dict[str, Found], two: dic
 def test_a_snapshot_of_one_gpu_goes_on_on_two_and_back(
     path: Path, out: Path, one: dict[str, Found], two: dict[str, Found]
 ) -> None:
-    back = launch(path, out, size=1, names=["goes on"], device=DEVICE)["goes on"]
+    back = launch(path, out, size=0, names=["goes on"], device=DEVICE)["goes on"]
     whole = joined(one["snapshot"], "weight")
     assert len(whole) > 10_000
     for found in (two["snapshot"], two["spread"], two["goes on"], back):
@@ -143,13 +125,14 @@ from pathlib import Path
 from resume_worker import recipe
 from posttrain import config, pipeline
 
-out, source, device, ranks, engines, offload = sys.argv[1:]
+out, source, device, ranks, engines = sys.argv[1:]
 data = recipe(Path(out), Path(source))
-sharding = {"ranks": int(ranks), "offload": offload == "offload"}
-data["cluster"] = {"device": device, "reward_workers": 1, "threads": 1, "sharding": sharding, "rollout_actors": int(engines)}
+data["stages"] = [data["stages"][1] | {"source": source}]
+data["cluster"] = {"device": device, "reward_workers": 1, "threads": 1, "rollout_actors": int(engines)}
+data["cluster"]["sharding"] = {"ranks": int(ranks)}
 pipeline.run(config.Run.model_validate(data))
 """
-"""The recipe of resume_worker.py, an LM and a mixed RL stage, with Ray's actors."""
+"""The mixed stage of resume_worker.py, with Ray's actors."""
 
 
 def _run(path: Path, out: Path, *options: str) -> list[dict[str, Any]]:
@@ -168,13 +151,18 @@ def _run(path: Path, out: Path, *options: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["stage"] == "mixed"]
 
 
+@pytest.fixture(scope="module")
+def alone(path: Path, out: Path) -> list[dict[str, Any]]:
+    """The run on one GPU."""
+    return _run(path, out / "alone", "1", "1")
+
+
 @pytest.mark.parametrize("engines", ["1", "2"])
 def test_an_rl_run_on_two_ranks_starts_like_one_on_one(
-    path: Path, tmp_path: Path, engines: str, record_property: Note
+    path: Path, alone: list[dict[str, Any]], tmp_path: Path, engines: str, record_property: Note
 ) -> None:
     """Rollouts of the first step are those of one rank; in every step the engines have the learner's weights."""
-    alone = _run(path, tmp_path / "one", "1", "1", "")
-    found = _run(path, tmp_path / "two", "2", engines, "offload" if OFFLOAD and engines == "2" else "")
+    found = _run(path, tmp_path / "two", "2", engines)
     gaps = [row["engine/gap_max"] for row in found]
     record_property("gaps", gaps)
     print(
