@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from posttrain import config, generation, packing
 from posttrain.domains import Domain, open_domains
@@ -72,18 +74,18 @@ BARE: dict[str, Any] = {
 }
 INCONSISTENT: dict[str, dict[str, Any]] = {
     "same selection": BARE,
-    "other selection": BARE | {"noise": 0.5},
-    "other selection, ratio to the engine": {
-        "loss": BARE["loss"] | {"old_policy": "engine"},
-        "keep": BARE["keep"],
-        "noise": 0.5,
-    },
-    "other selection, Keep Top-k": BARE | {"keep": {"routing": False, "topk": True}, "noise": 0.5},
+    "other selection": BARE,
+    "other selection, ratio to the engine": BARE | {"loss": BARE["loss"] | {"old_policy": "engine"}},
+    "other selection, Keep Top-k": BARE | {"keep": {"routing": False, "topk": True}},
+    "unsteady selection": BARE,
+    "unsteady selection, ratio to the engine": BARE | {"loss": BARE["loss"] | {"old_policy": "engine"}},
+    "unsteady selection, Keep Top-k": BARE | {"keep": {"routing": False, "topk": True}},
 }
-"""The collapse demo: an fp32 engine, whose indexers' queries get noise of that relative size with every new weights.
+"""The collapse demo, with an fp32 engine. "same selection" is the product's path: both sides choose the same entries.
 
-"same selection" is the product's path: both sides choose the same entries. The three others differ in what the learner
-makes of an engine that does not.
+"other": the engine's indexers get noise of the relative size --noise in their query weights with every new weights.
+"unsteady": the learner's get it in their queries at every pass, as a top-k that is not deterministic breaks ties anew (GLM-5
+3.2), while the engine selects as it should. The arms differ in what the learner makes of it.
 """
 
 
@@ -108,9 +110,12 @@ class Local:
 
     restarts = 0
 
-    def __init__(self, base: Path, *, dtype: torch.dtype, noise: float) -> None:
+    def __init__(self, base: Path, *, dtype: torch.dtype, arm: str, noise: float) -> None:
         self._engine = Engine(checkpoint.load(base, dtype=dtype), checkpoint.load_tokenizer(base))
-        self._engine.noise = noise
+        self._engine.noise = noise if arm.startswith("other") else 0.0
+        self._unsteady = noise if arm.startswith("unsteady") else 0.0
+        self.hooks: list[RemovableHandle] = []
+        """What makes the learner unsteady."""
         self.made: Learner
         self.masked: list[float] = []
         """Share of tokens that the off-policy mask took, of every update."""
@@ -118,6 +123,11 @@ class Local:
     def learner(self, setup: Setup) -> Any:
         """As Cluster."""
         self.made = Learner(setup)
+        rng = torch.Generator().manual_seed(setup.seed)
+        if self._unsteady:
+            for layer in self.made.model.model.layers:
+                hook = partial(_shake, size=self._unsteady, rng=rng)
+                self.hooks.append(layer.self_attn.indexer.wq_b.register_forward_hook(hook))
         self.load(0, self.publish)  # so that step 0 has the noise too
         return nullcontext(self)
 
@@ -145,6 +155,10 @@ class Local:
         return self._engine.generate(requests, settings)
 
 
+def _shake(_: Any, __: Any, out: Tensor, *, size: float, rng: torch.Generator) -> Tensor:
+    return out + size * out.std() * torch.randn(out.shape, generator=rng)
+
+
 def main() -> None:
     """Run what is missing, print the tables."""
     options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -153,6 +167,12 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=20)
     options.add_argument("--tasks", type=int, default=16, help="tasks per step, 8 completions each")
     options.add_argument("--lr", type=float, default=5e-4)
+    options.add_argument(
+        "--noise",
+        type=float,
+        default=0.5,
+        help='of "other" and "unsteady" selection, in parts of what it is added to',
+    )
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options.add_argument("--only", nargs="+", default=[*ARMS, *INCONSISTENT], metavar="ARM")
     options.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
@@ -174,11 +194,12 @@ def main() -> None:
     print(table([row for row in rows if _key(row) in keys]))
 
 
-_SPEC = ("arm", "seed", "domain", "steps", "tasks", "lr")
+_SPEC = ("arm", "seed", "domain", "steps", "tasks", "lr", "noise")
 
 
 def _spec(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     common = {"domain": args.domain, "steps": args.steps, "tasks": args.tasks, "lr": args.lr}
+    common["noise"] = args.noise if arm.startswith(("other", "unsteady")) else 0.0
     return {"arm": arm, "seed": seed, **common, "base": str(args.base)}
 
 
@@ -195,7 +216,7 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     (stage,) = cfg.stages
     assert isinstance(stage, config.Rl)
     dtype = torch.bfloat16 if spec["arm"] in ARMS else torch.float32
-    local, log = Local(base, dtype=dtype, noise=changes.get("noise", 0.0)), _Log()
+    local, log = Local(base, dtype=dtype, arm=spec["arm"], noise=spec["noise"]), _Log()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         job: Any = SimpleNamespace(
@@ -211,6 +232,8 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
             ),
         )
         rl.run(stage, job)
+    for hook in local.hooks:
+        hook.remove()
     (domain,) = open_domains(cfg).values()
     figures = log.figures() | measure(local.made, base, domain) | {"masked": statistics.mean(local.masked)}
     return dict(spec) | figures | {"wall_s": time.monotonic() - began}
