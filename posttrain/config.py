@@ -507,6 +507,14 @@ class Cluster(Model):
     max_actor_restarts: int = Field(3, ge=0)
     """Dead rollout actors replaced per stage before the run fails."""
 
+    @model_validator(mode="after")
+    def _offload_from_a_gpu(self) -> Self:
+        if self.sharding.offload and self.device == "cpu":
+            raise ValueError(
+                'sharding.offload = true with device = "cpu": parameters are in host memory as it is; set it to false'
+            )
+        return self
+
 
 class Evaluation(Model):
     """How checkpoints are compared: the same held-out tasks and seeds for every one."""

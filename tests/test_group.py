@@ -92,6 +92,9 @@ def test_options_of_several_ranks_are_refused_for_one(tmp_path: Path) -> None:
             config.Sharding.model_validate({name: True})
     with pytest.raises(ValueError, match="context = 2 does not divide ranks = 3"):
         config.Sharding(ranks=3, context=2)
+    with pytest.raises(ValueError, match='offload = true with device = "cpu": parameters are in host memory'):
+        config.Cluster(device="cpu", sharding=config.Sharding(offload=True))
+    assert config.Sharding(offload=True).wrapped and not config.Sharding(recompute=True).wrapped
     with pytest.raises(ValueError, match="on the CPU: parameters are in host memory as it is"):
         Setup(
             checkpoint=tmp_path,
