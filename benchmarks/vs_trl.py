@@ -57,7 +57,11 @@ def main() -> None:
     ]
     print(" ".join(told))
     report: dict[str, Any] = {"parameters": num_parameters, "rounds": args.rounds, "threads": args.threads}
-    report |= {"size": asdict(size), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")}
+    report |= {
+        "size": asdict(size),
+        "trl_dtype": args.trl_dtype,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+    }
     for eos in ("off", "on") if args.eos == "both" else (args.eos,):
         results: dict[str, list[Result]] = {}
         failed: dict[str, str] = {}
@@ -96,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--timeout", type=int, default=3600, help="seconds of one process")
     options.add_argument(
         "--trl-python", help="an interpreter that has TRL; by default an environment is made"
+    )
+    options.add_argument(
+        "--trl-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of TRL's weights; float32 is its default, bfloat16 rounds small updates away",
     )
     options.add_argument(
         "--huge-pages", action="store_true", help="let TRL have huge pages too, as our actors do"
@@ -194,7 +204,7 @@ def _spec(
         clip=0.2,
         seed=0,
         device=size.device,
-        dtype=size.dtype,
+        dtype=args.trl_dtype if side.is_trl else size.dtype,
         rollouts=side.rollouts,
         micro_batch=size.micro_batch,
         tokens_per_batch=4096 if on_cpu else size.micro_batch * longest,  # on a CPU our default

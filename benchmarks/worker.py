@@ -41,7 +41,7 @@ class Spec:
     device: str
     """"cpu" or "cuda"."""
     dtype: str
-    """Of our learner and engine."""
+    """Of the weights."""
     rollouts: str
     """How this side generates: a word of its own worker."""
     micro_batch: int
