@@ -28,6 +28,11 @@ Found = dict[str, torch.Tensor]
 BOTH = frozenset({"model", "indexer"})
 
 
+def _device() -> str:
+    """Of learners in this process; ranks.launch says so to those that it starts."""
+    return os.environ.get("GROUP_DEVICE", "cpu")
+
+
 def learner(path: Path, group: Group | None, **changes: Any) -> Learner:
     """A learner of the case; sharding options apply to several ranks only."""
     fields: dict[str, Any] = {
@@ -36,7 +41,7 @@ def learner(path: Path, group: Group | None, **changes: Any) -> Learner:
         "optimizer": config.Optimizer(lr=1e-2, max_grad_norm=0.7),
         "total_steps": 10,
         "train": frozenset({"model"}),
-        "device": os.environ.get("GROUP_DEVICE", "cpu"),  # given to this process by ranks.launch
+        "device": _device(),
     }
     sharding = {"ranks": 1 if group is None else group.size} | changes.pop("sharding", {})
     if group is None:
@@ -194,7 +199,7 @@ def matrices(_: Path, group: Group | None) -> Found:
     rng = torch.Generator().manual_seed(0)
     found: Found = {}
     for shape in ((41, 28), (3, 64), (1, 5), (33, 33)):
-        start, *given = (torch.randn(shape, generator=rng) for _ in range(4))
+        start, *given = (torch.randn(shape, generator=rng).to(_device()) for _ in range(4))
         parameter = torch.nn.Parameter(
             start if group is None else distribute_tensor(start, group._mesh, [Shard(0)])
         )
