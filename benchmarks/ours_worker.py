@@ -57,9 +57,14 @@ def _local(spec: worker.Spec) -> Side:
     learner = Learner(_setup(spec))
     engine = TorchEngine(learner.model, checkpoint.load_tokenizer(Path(spec.checkpoint)))
     print(f"learner: {learner.backend}; engine: {engine.backend}")
+
+    def train(batches: Sequence[Batch]) -> None:
+        learner.grpo_step(batches, config.Loss(clip=spec.clip), 1.0)
+        worker.synchronize(spec)
+
     return Side(
         generate=lambda requests, settings: engine.generate(requests, settings, max_rows=spec.max_rows),
-        train=lambda batches: learner.grpo_step(batches, config.Loss(clip=spec.clip), 1.0),
+        train=train,
         publish=lambda _: None,  # one process, one copy of the weights
     )
 
@@ -139,7 +144,6 @@ def _step(spec: worker.Spec, side: Side, number: int) -> worker.Step:
     scored = time.perf_counter()
     side.train(batches)
     side.publish(number + 1)
-    worker.synchronize(spec)
     ended = time.perf_counter()
     lengths = [r.num_sampled for r in rollouts]
     worker.check(spec, lengths)

@@ -48,40 +48,61 @@ def main() -> None:
     """Install, run, print."""
     args = _parser().parse_args()
     size = _size(args)
-    python = {True: args.trl_python or _trl_python(), False: sys.executable}
+    if args.trl_python is None and any(SIDES[name].is_trl for name in size.sides):
+        args.trl_python, args.own_trl = _trl_python(), True
     checkpoint, num_parameters = _checkpoint(size)
     told = [
         f"{num_parameters / 1e6:.2f} M parameters, {size.tasks_per_step} prompts x {size.group_size} completions of up to",
         f"{size.new_tokens} tokens per step, micro-batches of {size.micro_batch} for TRL, {size.device};",
         f"{args.rounds} rounds of {args.steps} steps, {args.threads} threads",
     ]
-    print(" ".join(told))
     report: dict[str, Any] = {"parameters": num_parameters, "rounds": args.rounds, "threads": args.threads}
     report |= {
         "size": asdict(size),
         "trl_dtype": args.trl_dtype,
+        "gpu": _gpu_name() if size.device == "cuda" else None,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "versions": {},
     }
+    print(" ".join(told), report["gpu"] or "", flush=True)
     for eos in ("off", "on") if args.eos == "both" else (args.eos,):
-        results: dict[str, list[Result]] = {}
-        failed: dict[str, str] = {}
-        for _ in range(args.rounds):
-            for name in (name for name in size.sides if name not in failed):
-                spec = _spec(size, SIDES[name], checkpoint, args, stop_at_eos=eos == "on")
-                found = _run(name, python[SIDES[name].is_trl], spec, args)
-                if isinstance(found, str):
-                    failed[name] = found
-                    results.pop(name, None)
-                else:
-                    results.setdefault(name, []).append(found)
-        _check_equal_prompts(results)
-        report[f"eos_{eos}"] = figures = _figures(results)
-        report[f"failed_eos_{eos}"] = failed
-        print(f"\nEOS {eos}\n{_table(figures)}", flush=True)
-        report["versions"] = {side: runs[0]["versions"] for side, runs in results.items()}
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+        _compare(size, checkpoint, args, report, eos=eos)
+        print(f"\nEOS {eos}\n{_table(report[f'eos_{eos}'])}", flush=True)
     print("\n" + "; ".join(f"{side}: {v}" for side, v in report["versions"].items()))
+
+
+def _compare(
+    size: Size, checkpoint: Path, args: argparse.Namespace, report: dict[str, Any], *, eos: str
+) -> None:
+    """Run all sides by turns; what is known is in the report, and in its file, after every process."""
+    results: dict[str, list[Result]] = {}
+    failed: dict[str, str] = {}
+    for _ in range(args.rounds):
+        for name in (name for name in size.sides if name not in failed):
+            spec = _spec(size, SIDES[name], checkpoint, args, stop_at_eos=eos == "on")
+            found = _run(name, spec, args)
+            if isinstance(found, str):
+                failed[name] = found
+            else:
+                results.setdefault(name, []).append(found)
+                report["versions"][name] = found["versions"]
+            if args.rounds == 1:  # of several, figures need equally many of each side
+                report |= {f"eos_{eos}": _figures(results), f"failed_eos_{eos}": failed}
+                _save(report, args)
+    _check_equal_prompts(results)
+    results = {name: runs for name, runs in results.items() if name not in failed}
+    report |= {f"eos_{eos}": _figures(results), f"failed_eos_{eos}": failed}
+    _save(report, args)
+
+
+def _gpu_name() -> str:
+    command = ["nvidia-smi", "-i", "0", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.check_output(command, text=True).strip()
+
+
+def _save(report: dict[str, Any], args: argparse.Namespace) -> None:
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,12 +241,13 @@ def _prompts(size: Size, num: int) -> list[str]:
     return [" ".join(rng.choices(sorting.LETTERS, k=size.prompt)) for _ in range(num)]
 
 
-def _run(name: str, python: str, spec: worker.Spec, args: argparse.Namespace) -> Result | str:
+def _run(name: str, spec: worker.Spec, args: argparse.Namespace) -> Result | str:
     """One process from its start to its end; the reason if it failed on a GPU."""
     given, out = BENCH / "spec.json", BENCH / "result.json"
     given.write_text(json.dumps(asdict(spec)))
     out.unlink(missing_ok=True)
     side = SIDES[name]
+    python = args.trl_python if side.is_trl else sys.executable
     script = ROOT / "benchmarks" / side.script
     threads = str(spec.threads)
     env = os.environ | {
@@ -234,7 +256,7 @@ def _run(name: str, python: str, spec: worker.Spec, args: argparse.Namespace) ->
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    if side.is_trl and not args.trl_python:
+    if side.is_trl and args.own_trl:
         env.pop("PYTHONPATH", None)  # nothing of ours in the other environment
     if args.huge_pages or not side.is_trl:
         env = process.ENVIRONMENT | env
