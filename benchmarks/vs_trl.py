@@ -60,7 +60,7 @@ def main() -> None:
     report |= {
         "size": asdict(size),
         "trl_dtype": args.trl_dtype,
-        "gpu": _gpu_name() if size.device == "cuda" else None,
+        "gpu": _gpu("name") if size.device == "cuda" else None,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
         "versions": {},
     }
@@ -93,11 +93,6 @@ def _compare(
     results = {name: runs for name, runs in results.items() if name not in failed}
     report |= {f"eos_{eos}": _figures(results), f"failed_eos_{eos}": failed}
     _save(report, args)
-
-
-def _gpu_name() -> str:
-    command = ["nvidia-smi", "-i", "0", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.check_output(command, text=True).strip()
 
 
 def _save(report: dict[str, Any], args: argparse.Namespace) -> None:
@@ -295,31 +290,35 @@ def _failed(name: str, why: str) -> str:
 
 
 class GpuMemory:
-    """Most memory in use on the first GPU, all processes, above what was in use before; 0 without one."""
+    """Most memory in use on the first GPU, all processes, above what was in use before; 0 without one.
+
+    Asked for five times a second: what a caching allocator has taken it keeps.
+    """
 
     def __init__(self, *, on: bool) -> None:
         self.bytes = 0
-        self._on = on
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(_gpu("memory.used"),)) if on else None
 
     def __enter__(self) -> Self:
-        if self._on:
-            command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-            before = int(subprocess.check_output(command, text=True))
-            self._smi = subprocess.Popen([*command, "-lms", "50"], stdout=subprocess.PIPE, text=True)
-            self._thread = threading.Thread(target=self._watch, args=(before,))
+        if self._thread is not None:
             self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._on:
-            self._smi.terminate()
+        self._ended.set()
+        if self._thread is not None:
             self._thread.join()
 
-    def _watch(self, before: int) -> None:
-        assert self._smi.stdout is not None, "it is a pipe"
-        for line in self._smi.stdout:
-            if line.strip().isdigit():
-                self.bytes = max(self.bytes, (int(line) - before) << 20)
+    def _watch(self, before: str) -> None:
+        while not self._ended.wait(0.2):
+            self.bytes = max(self.bytes, (int(_gpu("memory.used")) - int(before)) << 20)
+
+
+def _gpu(what: str) -> str:
+    """A property of the first GPU; memory in MiB."""
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    return subprocess.check_output(command, text=True).strip()
 
 
 def _busy_s() -> float:
