@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.kernels import reference
+from posttrain.kernels import e4m3, reference
 from posttrain.kernels.backend import TORCH, Backend
 from posttrain.kernels.pages import Pages
+from posttrain.model.entry import Entry
 from posttrain.model.plan import Plan, plan_rows
 from posttrain.model.regrid import to_flat, to_grid
 
@@ -121,7 +122,7 @@ class Context(Protocol):
         """The record of a layer, made on first use."""
         ...
 
-    def add(self, layer: int, entries_TE: Tensor, k_index_TI: Tensor | None) -> None:
+    def add(self, layer: int, entries_TE: Tensor, k_stored_TX: Tensor | None) -> None:
         """Put the keys of a pass in parts into one layer's cache."""
         ...
 
@@ -167,7 +168,7 @@ class Base:
     def record(self, layer: int) -> LayerRecord:
         return self.records.setdefault(layer, LayerRecord())
 
-    def add(self, layer: int, entries_TE: Tensor, k_index_TI: Tensor | None) -> None:
+    def add(self, layer: int, entries_TE: Tensor, k_stored_TX: Tensor | None) -> None:
         raise AssertionError("a pass without parts has nothing to add")
 
 
@@ -296,23 +297,27 @@ class PartContext(PackedContext):
         return self._plans[0]
 
 
-def entry_part(name: KeyName, entries: Tensor, entry_size: int) -> Tensor:
-    """Of cache entries [..., E + I] the latents and rotary keys, or the indexer keys; a view."""
-    return entries[..., :entry_size] if name == "entries" else entries[..., entry_size:]
+def entry_part(name: KeyName, entries: Tensor, entry: Entry) -> Tensor:
+    """Of cache entries [..., E + X] the latents and rotary keys, or the indexer keys as they are stored; a view."""
+    return entries[..., : entry.latent] if name == "entries" else entries[..., entry.latent :]
+
+
+def entry_keys(stored: Tensor, entry: Entry) -> tuple[Tensor, Tensor | None]:
+    """Stored indexer keys [..., X] as kernels read them: [..., I], and their scales if they are e4m3; views."""
+    return e4m3.unpack(stored, entry.index) if entry.e4m3 else (stored, None)
 
 
 class StaticCache:
-    """One entry per token and layer, [latent | rotary key | indexer key], preallocated: [B, L, E + I] per layer."""
+    """One entry per token and layer, preallocated: [B, L, E + X] per layer."""
 
-    def __init__(
-        self, *, num_layers: int, num_rows: int, length: int, sizes: tuple[int, int], like: Tensor
-    ) -> None:
-        self.length, self.entry_size = length, sizes[0]
-        self.layers = [like.new_zeros(num_rows, length, sum(sizes)) for _ in range(num_layers)]
+    def __init__(self, *, num_layers: int, num_rows: int, length: int, entry: Entry, like: Tensor) -> None:
+        self.length, self.entry = length, entry
+        width = entry.width(like.element_size())
+        self.layers = [like.new_zeros(num_rows, length, width) for _ in range(num_layers)]
 
     def part(self, name: KeyName, entries: Tensor) -> Tensor:
-        """The part of that name of entries [..., E + I]."""
-        return entry_part(name, entries, self.entry_size)
+        """The part of that name of entries [..., E + X]."""
+        return entry_part(name, entries, self.entry)
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows."""
@@ -375,9 +380,11 @@ class StaticContext(Base):
             rows = torch.arange(len(entries), dtype=torch.int32, device=entries.device)
             self._table = (rows[:, None], (self.query_positions_BQ[:, -1] + 1).int())
         table_B1, lengths_B = self._table
+        keys_PSI, scale_PS = entry_keys(self.cache.part("index", entries), self.cache.entry)
         return Pages(
             entries_PSE=self.cache.part("entries", entries),
-            index_PSI=self.cache.part("index", entries),
+            index_PSI=keys_PSI,
+            scale_PS=scale_PS,
             table_BM=table_B1,
             lengths_B=lengths_B,
             max_length=self.num_keys,

@@ -19,22 +19,31 @@ from torch import Tensor
 from posttrain.kernels import reference
 from posttrain.kernels.backend import Backend
 from posttrain.kernels.pages import Pages
-from posttrain.model.context import AttentionMode, Base, KeyName, Part, entry_part, plan_documents
+from posttrain.model.context import (
+    AttentionMode,
+    Base,
+    KeyName,
+    Part,
+    entry_keys,
+    entry_part,
+    plan_documents,
+)
+from posttrain.model.entry import Entry
 from posttrain.model.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PagedCache:
-    """The pools of all layers: one entry per token, [latent | rotary key | indexer key]."""
+    """The pools of all layers: one entry per token."""
 
     pools_PSX: Sequence[Tensor]
-    """One per layer, [P, S, E + I], the last stride 1; finite everywhere, since the torch backend multiplies what
+    """One per layer, [P, S, entry.width], the last stride 1; finite everywhere, since the torch backend multiplies what
     nobody may see by 0."""
-    entry_size: int
+    entry: Entry
 
     def part(self, layer: int, name: KeyName) -> Tensor:
-        """Latents and rotary keys [P, S, E] of a layer, or indexer keys [P, S, I]."""
-        return entry_part(name, self.pools_PSX[layer], self.entry_size)
+        """Latents and rotary keys [P, S, E] of a layer, or stored indexer keys [P, S, X]."""
+        return entry_part(name, self.pools_PSX[layer], self.entry)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +71,12 @@ class PagedContext(Base):
     slots_T: Tensor = field(kw_only=True)
     positions_T: Tensor = field(kw_only=True)
 
-    def add(self, layer: int, entries_TE: Tensor, k_index_TI: Tensor | None) -> None:
+    def add(self, layer: int, entries_TE: Tensor, k_stored_TX: Tensor | None) -> None:
         size = self.cache.pools_PSX[layer].shape[1]
         at = (self.slots_T // size, self.slots_T % size)
         self.cache.part(layer, "entries")[at] = entries_TE
-        if k_index_TI is not None:
-            self.cache.part(layer, "index")[at] = k_index_TI
+        if k_stored_TX is not None:
+            self.cache.part(layer, "index")[at] = k_stored_TX
 
     def kept(self, layer: int, num_kept: int) -> Tensor:
         """Recorded key positions of every token, [T, K], -1 beyond."""
@@ -174,9 +183,11 @@ class _Rows(Base):
     def pages(self, layer: int) -> Pages | None:
         if not self._single:
             return None
+        keys_PSI, scale_PS = entry_keys(self.cache.part(layer, "index"), self.cache.entry)
         return Pages(
             entries_PSE=self.cache.part(layer, "entries"),
-            index_PSI=self.cache.part(layer, "index"),
+            index_PSI=keys_PSI,
+            scale_PS=scale_PS,
             table_BM=self.table_BM,
             lengths_B=self.lengths_B,
             max_length=self.num_keys,

@@ -6,7 +6,7 @@ dtype. Imports Triton's kernels, so only the worker imports this.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from posttrain.kernels import (
     dense_probs_triton,
     dsa,
+    e4m3,
     fp8_triton,
     index_topk_triton,
     indexer_kl_triton,
@@ -24,6 +25,7 @@ from posttrain.kernels import (
 )
 from posttrain.kernels.index_topk_triton import key_ranges
 from posttrain.kernels.pages import Pages
+from posttrain.model.entry import Entry
 
 KEPT = 2048
 LATENT, ROTARY = 512, 64
@@ -102,10 +104,22 @@ def _pages() -> Pages:
     return Pages(entries, keys, table, table[:, 0].contiguous(), SLOTS)
 
 
-def _decode(heads: int, new: int) -> None:
+def _e4m3_pages() -> Pages:
+    entry = Entry(latent=LATENT + ROTARY, index=INDEX_SIZE, e4m3=True)
+    pool = _bf16(QUERIES * 64, 64, entry.width(2))
+    keys, scale = e4m3.unpack(pool[..., entry.latent :], entry.index)
+    return replace(_pages(), entries_PSE=pool[..., : entry.latent], index_PSI=keys, scale_PS=scale)
+
+
+def _decode(heads: int, new: int, pages: Pages | None = None) -> None:
     q = _bf16(QUERIES, new, heads, LATENT + ROTARY)
     q_index, w = _bf16(QUERIES, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(QUERIES, new, INDEX_HEADS)
-    dsa.decode(q, q_index, w, _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
+    dsa.decode(q, q_index, w, pages or _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
+
+
+def _store_e4m3() -> None:
+    k = _bf16(QUERIES, INDEX_SIZE)
+    e4m3.pack(k, Entry(latent=LATENT + ROTARY, index=INDEX_SIZE, e4m3=True).stored(2), by_triton=True)
 
 
 def _in_fp32() -> None:
@@ -144,6 +158,9 @@ LAUNCHES: dict[str, Launch] = {
         f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new), spill=32)
         for h, new in ((128, 1), (64, 2), (16, 1))
     },
+    "decoding from e4m3, 64 heads": Launch(call=lambda: _decode(64, 1, _e4m3_pages()), spill=32),
+    "decoding from e4m3, 64 heads, 2 new": Launch(call=lambda: _decode(64, 2, _e4m3_pages()), spill=32),
+    "storing e4m3": Launch(call=_store_e4m3),
     "index scores and top-k": Launch(call=_topk),
     "e4m3 scores and top-k": Launch(call=_quantized_topk),
     "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),

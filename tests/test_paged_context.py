@@ -9,6 +9,7 @@ import torch
 
 from posttrain.kernels.backend import Backend
 from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.model.entry import Entry
 from posttrain.model.paged import NewTokens, PagedCache, paged
 
 TOPK, BLOCK = 7, 4
@@ -18,19 +19,16 @@ Attention = Literal["dense", "sparse"]
 
 def _cache(model: DeepseekV32ForCausalLM, num_blocks: int) -> PagedCache:
     config = model.config
-    entry = config.kv_lora_rank + config.qk_rope_head_dim
-    pools = [
-        torch.full((num_blocks, BLOCK, entry + config.index_head_dim), 1e4)
-        for _ in range(config.num_hidden_layers)
-    ]
-    return PagedCache(pools_PSX=pools, entry_size=entry)
+    entry = Entry.of(config)
+    pools = [torch.full((num_blocks, BLOCK, entry.width(4)), 1e4) for _ in range(config.num_hidden_layers)]
+    return PagedCache(pools_PSX=pools, entry=entry)
 
 
 class _Engine:
     """Sequences in scattered blocks; block 0 belongs to nobody, as in vLLM."""
 
-    def __init__(self, attention: Attention, backend: Backend) -> None:
-        self.model = tiny.model(topk=TOPK, seed=2).eval()
+    def __init__(self, attention: Attention, backend: Backend, index_dtype: str = "model") -> None:
+        self.model = tiny.model(topk=TOPK, seed=2, index_dtype=index_dtype).eval()
         self.attention: Attention = attention
         self.backend = backend
         self.documents = [tiny.tokens(n, seed=n) for n in LENGTHS]
@@ -74,12 +72,21 @@ class _Engine:
         return order, hidden, [context.kept(layer, TOPK) for layer in layers]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_chunks_and_mixed_passes_are_the_packed_pass(attention: Attention, backend: str) -> None:
-    if backend == "triton" and attention == "dense":
-        pytest.skip("dense attention is torch's own")
-    engine = _Engine(attention, Backend(name=backend, reason="test", dense_rows=False))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("attention", "backend", "index_dtype"),
+    [
+        ("sparse", "torch", "model"),
+        ("sparse", "torch", "e4m3"),
+        ("sparse", "triton", "model"),
+        ("sparse", "triton", "e4m3"),
+        ("dense", "torch", "model"),
+    ],
+)
+def test_chunks_and_mixed_passes_are_the_packed_pass(
+    attention: Attention, backend: str, index_dtype: str
+) -> None:
+    chosen = Backend(name=backend, reason="test", dense_rows=False)  # type: ignore[arg-type]
+    engine = _Engine(attention, chosen, index_dtype)
     rng = random.Random(1)
     hidden: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
     kept: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
