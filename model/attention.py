@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # triton exists on Linux only
 class DsaAttention(hf.DeepseekV32Attention):
     """transformers' MLA weights, our forward."""
 
+    indexer: LightningIndexer
+
     def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.indexer = LightningIndexer(config, layer_idx)
@@ -106,9 +108,8 @@ class DsaAttention(hf.DeepseekV32Attention):
                 return _Scores(learned_BQL, learned_BQL)
         with torch.no_grad():
             stored_BLX = context.keys(self.layer_idx, "index", tokens.stored())
-            return _Scores(
-                learned_BQL, reference.index_scores(*self.indexer.scored(q_BQJI, stored_BLX), w_BQJ)
-            )
+            q_BQJI, k_BLI = self.indexer.scored(q_BQJI, stored_BLX)
+            return _Scores(learned_BQL, reference.index_scores(q_BQJI, k_BLI, w_BQJ))
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, N, R] and W_UV [H, V, R], the two parts of kv_b_proj."""
@@ -177,9 +178,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         kl = dsa.warmup_loss(index, attention, ranges, rows.weight_T)
         context.record(self.layer_idx).add_kl(kl, kl.detach())
 
-    def _sparse_by_triton(
-        self, rows: "_Rows", tokens: "_Tokens", context: Context
-    ) -> Tensor:
+    def _sparse_by_triton(self, rows: "_Rows", tokens: "_Tokens", context: Context) -> Tensor:
         """The sparse path on queries [T] and slots [S]: dense, by kernels, or by kernels for a cache."""
         entries_TE, k_index_TI = tokens.entries_TE, tokens.index()[1]
         entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
@@ -291,9 +290,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         return context.flat(o_BHQV.transpose(1, 2))
 
-    def _dense_indexer(
-        self, q_THE: Tensor, entries_TE: Tensor, scores: "_Scores", context: Context
-    ) -> None:
+    def _dense_indexer(self, q_THE: Tensor, entries_TE: Tensor, scores: "_Scores", context: Context) -> None:
         """Warm-up loss over all causal keys (Eq. 3) and the recall of attention mass by the top-k."""
         mask_BQL = context.mask()
         with torch.no_grad():

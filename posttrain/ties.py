@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posttrain.kernels import reference
 from posttrain.kernels.backend import TORCH
@@ -61,9 +61,7 @@ class Ties:
             hook.remove()
 
     @torch.no_grad()
-    def _look(
-        self, indexer: LightningIndexer, inputs: Any, output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def _look(self, indexer: LightningIndexer, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         q_TJI, k_TI, w_TJ = output
         q_SJI, w_SJ = q_TJI[self._queries_S], w_TJ[self._queries_S]
         q_SJI, k_TI = indexer.scored(q_SJI, indexer.stored(k_TI, TORCH))

@@ -46,8 +46,8 @@ class Geometry:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """From a config's fields; KeyError names the first that is not there."""
-        known = {field.name: field.default for field in fields(cls)}
-        return cls(**{name: config[name] if d is MISSING else config.get(name, d) for name, d in known.items()})
+        names = [field.name for field in fields(cls) if field.default is MISSING or field.name in config]
+        return cls(**{name: config[name] for name in names})
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:

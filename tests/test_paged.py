@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from posttrain.kernels import (
-    index_topk_triton,
     e4m3,
+    index_topk_triton,
     paged_index_topk_triton,
     paged_mla_triton,
     reference,
