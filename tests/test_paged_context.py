@@ -146,7 +146,9 @@ def test_prompts_and_chunks_are_scored_by_one_launch(
         return topk(q, *args, **kwargs)
 
     monkeypatch.setattr(index_topk_triton, "topk", watched)
-    engine = _Engine("sparse", Backend(name="triton", reason="test", dense_rows=dense_rows), "e4m3", num_layers=1)
+    engine = _Engine(
+        "sparse", Backend(name="triton", reason="test", dense_rows=dense_rows), "e4m3", num_layers=1
+    )
     engine.documents[1] = tiny.tokens(50, seed=1)
     engine.documents[2] = tiny.tokens(4, seed=2)
     engine.table = torch.randperm(60, generator=torch.Generator().manual_seed(0)).int()[:56].view(4, 14) + 1
