@@ -71,8 +71,7 @@ def select(index: Index, ranges: Ranges, num_kept: int) -> Tensor:
 
 def _quantized(q_TJI: Tensor, w_TJ: Tensor) -> tuple[Tensor, Tensor]:
     """q as e4m3 and w with its scales."""
-    values, scale = fp8_triton.quantize_e4m3(q_TJI.contiguous())
-    return values, w_TJ * scale
+    return fp8_triton.quantize_e4m3(q_TJI.contiguous(), weight=w_TJ.contiguous())
 
 
 @torch.no_grad()

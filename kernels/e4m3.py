@@ -1,9 +1,8 @@
 """Indexer keys in e4m3 as a cache holds them: in rows of the model's type, of which only the bytes count.
 
-A key of I numbers is I bytes of e4m3 and 4 of its fp32 scale; what follows is zero. Rows are copied, gathered and
-concatenated as any others, and never calculated with. As fp32 or bf16 they are finite whenever the key is: only NaN has the byte
-0x7f or 0xff, without which no such number is infinite or NaN. Definition of the values: reference.quantize_e4m3. Next:
-fp8_triton.py, ../model/entry.py.
+A key of I numbers is I bytes of e4m3 and 4 of its fp32 scale; what follows is anything. Rows are copied, gathered and
+concatenated as any others, and never calculated with. Definition of the values: reference.quantize_e4m3. Next: fp8_triton.py,
+../model/entry.py.
 
 Shape letters: I indexer head size, X numbers of a row.
 """
@@ -17,7 +16,7 @@ from posttrain.kernels import reference
 @torch.no_grad()
 def pack(k: Tensor, width: int, *, by_triton: bool = False) -> Tensor:
     """Keys [..., I] as rows [..., X] of width numbers in their own type."""
-    packed = k.new_zeros(*k.shape[:-1], width)
+    packed = k.new_empty(*k.shape[:-1], width)
     values, scale = unpack(packed, k.shape[-1])
     if by_triton:
         from posttrain.kernels import fp8_triton  # triton exists on Linux only

@@ -28,8 +28,8 @@ def _rounded(x):
 
 @triton.jit
 def _kernel(
-    x_ptr, out_ptr, scale_ptr, num_rows, stride_out, stride_scale,
-    I: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, INTERPRET: tl.constexpr,
+    x_ptr, w_ptr, out_ptr, scale_ptr, num_rows, stride_out, stride_scale,
+    I: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, WEIGHTED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """BR rows."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -49,19 +49,28 @@ def _kernel(
     if INTERPRET:  # its conversion cuts where the hardware's rounds
         x = _rounded(x)
     tl.store(out_ptr + row[:, None] * stride_out + i[None, :], x.to(tl.float8e4nv), mask=mask)
+    if WEIGHTED:
+        scale *= tl.load(w_ptr + row, mask=row < num_rows, other=0.0)
     tl.store(scale_ptr + row * stride_scale, tl.where(finite, scale, float("nan")), mask=row < num_rows)
 
 
-def quantize_e4m3(x: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def quantize_e4m3(
+    x: Tensor, *, weight: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """x [..., I], contiguous, I <= 128, as float8_e4m3fn and its fp32 scales [...]: x is about e4m3 * scale.
 
-    Both are written to `out` if it is given: rows that follow one another, at any distance.
+    With weights fp32 [...], contiguous, the scales are multiplied by them. Both are written to `out` if it is given: rows
+    that follow one another, at any distance.
     """
     size = x.shape[-1]
     if not x.is_contiguous() or size > 128:
         raise ValueError(
             f"cannot quantise {tuple(x.shape)}: contiguous rows of at most 128 elements are needed"
         )
+    if weight is not None:
+        fits = weight.shape == x.shape[:-1] and weight.dtype == torch.float32 and weight.is_contiguous()
+        if not fits:
+            raise ValueError(f"weights {tuple(weight.shape)} {weight.dtype} of rows {tuple(x.shape[:-1])}")
     if out is None:
         out = (
             torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
@@ -70,7 +79,7 @@ def quantize_e4m3(x: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tup
     values, scale = out[0].view(-1, size), out[1].view(-1)
     if len(scale):
         _kernel[(triton.cdiv(len(scale), ROWS),)](
-            x, values, scale, len(scale), values.stride(0), scale.stride(0),
-            I=size, BI=triton.next_power_of_2(size), BR=ROWS, INTERPRET=interpreted(), num_warps=4,
+            x, scale if weight is None else weight, values, scale, len(scale), values.stride(0), scale.stride(0),
+            I=size, BI=triton.next_power_of_2(size), BR=ROWS, WEIGHTED=weight is not None, INTERPRET=interpreted(), num_warps=4,
         )  # fmt: skip
     return out

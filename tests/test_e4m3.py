@@ -56,18 +56,19 @@ def test_the_rounded_choice_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [16, 48, 128])
-def test_stored_keys_are_the_rounded_ones_and_finite(dtype: torch.dtype, size: int) -> None:
+def test_stored_keys_are_the_rounded_ones(dtype: torch.dtype, size: int) -> None:
     k = (_random(5, 7, size, seed=0) * torch.exp2(_random(5, 7, 1, seed=1) * 4)).to(dtype)
     k[0, 0], k[0, 1], k[0, 2, 3] = 0.0, 448.0, -448.0
     entry = Entry(latent=28, index=size, e4m3=True)
     pool = torch.full((5, 7, entry.width(dtype.itemsize)), 3.0, dtype=dtype)
     pool[..., 28:] = e4m3.pack(k, entry.stored(dtype.itemsize))
-    assert pool.isfinite().all() or dtype == torch.float16
     stored = pool[..., 28:]
     assert torch.equal(e4m3.values(stored, size), reference.round_e4m3(k))
     values, scale = e4m3.unpack(stored, size)
     for found, wanted in zip((values.float(), scale), reference.quantize_e4m3(k), strict=True):
         assert torch.equal(found, wanted.float())
+    by_triton = e4m3.pack(k, entry.stored(dtype.itemsize), by_triton=True)
+    assert torch.equal(e4m3.values(by_triton, size), reference.round_e4m3(k))
     assert values.data_ptr() == stored.data_ptr(), "views, which kernels read in place"
     k[1, 1, 4] = float("nan")
     assert e4m3.values(e4m3.pack(k, entry.stored(dtype.itemsize)), size)[1, 1].isnan().all()
