@@ -100,11 +100,12 @@ class DsaAttention(hf.DeepseekV32Attention):
         q_BQJI, w_BQJ = context.grid(q_TJI), context.grid(w_TJ)
         learned_BQL: Tensor | None = None
         learns = context.indexer_loss != "none"
-        if learns or not self.indexer.entry.e4m3:
+        rounds = self.indexer.entry.e4m3 and (context.attention == "sparse" or context.diagnose)
+        if learns or not rounds:
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 k_BLI = context.keys(self.layer_idx, "index", k_TI)
                 learned_BQL = reference.index_scores(q_BQJI, k_BLI, w_BQJ)
-            if not self.indexer.entry.e4m3:
+            if not rounds:
                 return _Scores(learned_BQL, learned_BQL)
         with torch.no_grad():
             stored_BLX = context.keys(self.layer_idx, "index", tokens.stored())
@@ -352,7 +353,7 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """Index scores of the torch backend, fp32 [B, Q, L]; one tensor twice unless selection is by e4m3."""
+    """Index scores of the torch backend, fp32 [B, Q, L]; one tensor twice unless there is a selection, by e4m3."""
 
     learn_BQL: Tensor | None
     """What the indexer's loss sees; None without one."""

@@ -15,6 +15,7 @@ from posttrain.model import checkpoint
 from posttrain.model.convert import convert
 from posttrain.model.entry import Entry
 from posttrain.rollouts.geometry import Geometry
+from posttrain.stages.export import export_checkpoint
 from posttrain.ties import Ties
 
 E4M3: dict[str, Any] = {"index_dtype": "e4m3"}
@@ -161,7 +162,8 @@ def test_the_setting_belongs_to_the_checkpoint(tmp_path: Path) -> None:
     assert "index_dtype" not in (tmp_path / "plain" / "config.json").read_text()
     model = checkpoint.load(tmp_path / "e4m3")
     checkpoint.save(model, tmp_path / "again")
-    for name, wanted in (("plain", False), ("e4m3", True), ("again", True)):
+    export_checkpoint(tmp_path / "again", tmp_path / "exported")
+    for name, wanted in (("plain", False), ("e4m3", True), ("again", True), ("exported", True)):
         entry = checkpoint.load(tmp_path / name).model.layers[0].self_attn.indexer.entry
         assert entry == Entry(latent=28, index=16, e4m3=wanted)
         shape = Geometry.read(tmp_path / name)
