@@ -6,7 +6,7 @@ dtype. Imports Triton's kernels, so only the worker imports this.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -104,22 +104,10 @@ def _pages() -> Pages:
     return Pages(entries, keys, table, table[:, 0].contiguous(), SLOTS)
 
 
-def _e4m3_pages() -> Pages:
-    entry = Entry(latent=LATENT + ROTARY, index=INDEX_SIZE, e4m3=True)
-    pool = _bf16(QUERIES * 64, 64, entry.width(2))
-    keys, scale = e4m3.unpack(pool[..., entry.latent :], entry.index)
-    return replace(_pages(), entries_PSE=pool[..., : entry.latent], index_PSI=keys, scale_PS=scale)
-
-
-def _decode(heads: int, new: int, pages: Pages | None = None) -> None:
+def _decode(heads: int, new: int) -> None:
     q = _bf16(QUERIES, new, heads, LATENT + ROTARY)
     q_index, w = _bf16(QUERIES, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(QUERIES, new, INDEX_HEADS)
-    dsa.decode(q, q_index, w, pages or _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
-
-
-def _store_e4m3() -> None:
-    k = _bf16(QUERIES, INDEX_SIZE)
-    e4m3.pack(k, Entry(latent=LATENT + ROTARY, index=INDEX_SIZE, e4m3=True).stored(2), by_triton=True)
+    dsa.decode(q, q_index, w, _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
 
 
 def _in_fp32() -> None:
@@ -140,6 +128,18 @@ def _invariant(dtype: torch.dtype) -> None:
     invariant_triton.product(torch.zeros(1, QUERIES, 7168, dtype=dtype), weight.transpose(1, 2))
 
 
+def _decode_from_e4m3(new: int, sequences: int) -> None:
+    entry = Entry(latent=LATENT + ROTARY, index=INDEX_SIZE, e4m3=True)
+    pool = _bf16(sequences * 64, 64, entry.width(2))
+    pool[0, 0, entry.latent :] = e4m3.pack(_bf16(1, INDEX_SIZE), entry.stored(2), by_triton=True)
+    keys, scale = e4m3.unpack(pool[..., entry.latent :], entry.index)
+    table = torch.zeros(sequences, 64, dtype=torch.int32)
+    pages = Pages(pool[..., : entry.latent], keys, table, table[:, 0].contiguous(), SLOTS, scale)
+    q, q_index = _bf16(sequences, new, 64, LATENT + ROTARY), _bf16(sequences, new, INDEX_HEADS, INDEX_SIZE)
+    w = torch.zeros(sequences, new, INDEX_HEADS)
+    dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=0.1, value_size=LATENT)
+
+
 LAUNCHES: dict[str, Launch] = {
     **{
         f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h), spill=32)
@@ -158,9 +158,6 @@ LAUNCHES: dict[str, Launch] = {
         f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new), spill=32)
         for h, new in ((128, 1), (64, 2), (16, 1))
     },
-    "decoding from e4m3, 64 heads": Launch(call=lambda: _decode(64, 1, _e4m3_pages()), spill=32),
-    "decoding from e4m3, 64 heads, 2 new": Launch(call=lambda: _decode(64, 2, _e4m3_pages()), spill=32),
-    "storing e4m3": Launch(call=_store_e4m3),
     "index scores and top-k": Launch(call=_topk),
     "e4m3 scores and top-k": Launch(call=_quantized_topk),
     "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),
@@ -170,4 +167,10 @@ LAUNCHES: dict[str, Launch] = {
     "batch-invariant product": Launch(call=lambda: _invariant(torch.bfloat16)),
     "batch-invariant product, fp32": Launch(call=lambda: _invariant(torch.float32)),
     "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True)),
+    **{
+        f"decoding from e4m3, {new} new, {n} sequences": Launch(
+            call=lambda new=new, n=n: _decode_from_e4m3(new, n), spill=32
+        )
+        for new, n in ((2, 16), (1, 64))
+    },
 }
