@@ -201,6 +201,8 @@ class _Chunks(_Part):
         raise AssertionError("a grid of keys is the torch backend's")
 
     def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
+        if self.counts_B == self.ends_B:  # all keys are the pass's own, in this order
+            return x_T
         if self._places_F is None:
             self._places_F = self._places()
         return self.cache.part(layer, name)[self._places_F]
