@@ -94,7 +94,7 @@ def topk(
         )
     N, width = B * Q, triton.cdiv(pages.max_length, 32) * 32
     kept_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_BQJI.device)
-    work = N * select.workspace(num_kept, width)
+    work = N * select.few(num_kept, width)
     buffer = torch.empty(N * width + work, dtype=torch.int32, device=q_BQJI.device)
     new_Q = torch.arange(1 - Q, 1, dtype=torch.int32, device=q_BQJI.device)
     end_N = (pages.lengths_B[:, None] + new_Q).clamp(min=0).view(-1)
