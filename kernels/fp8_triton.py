@@ -9,12 +9,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels.product_triton import interpreted
+
 ROWS = 32
 """Rows of one program."""
 
 
 @triton.jit
-def _kernel(x_ptr, out_ptr, scale_ptr, num_rows, I: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):
+def _rounded(x):
+    """The e4m3 numbers nearest to numbers of at most 448, ties to even, in fp32."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = tl.maximum((bits >> 23) & 0xFF, 127 - 6)  # below 2^-6 steps no longer shrink
+    # To this sum nothing below a step of 2^(exponent - 3) can be added.
+    shift = ((exponent + 20) << 23).to(tl.float32, bitcast=True)
+    size = (tl.abs(x) + shift) - shift
+    return tl.where(bits < 0, -size, size)
+
+
+@triton.jit
+def _kernel(
+    x_ptr, out_ptr, scale_ptr, num_rows, I: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i = tl.arange(0, BI)
     at = row[:, None] * I + i[None, :]
@@ -29,7 +44,10 @@ def _kernel(x_ptr, out_ptr, scale_ptr, num_rows, I: tl.constexpr, BI: tl.constex
     exponent = (largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = tl.where(finite, ((254 - exponent) << 23).to(tl.float32, bitcast=True), float("nan"))
-    tl.store(out_ptr + at, (x * inverse[:, None]).to(tl.float8e4nv), mask=mask)
+    x *= inverse[:, None]
+    if INTERPRET:  # its conversion cuts where the hardware's rounds
+        x = _rounded(x)
+    tl.store(out_ptr + at, x.to(tl.float8e4nv), mask=mask)
     tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")), mask=row < num_rows)
 
 
@@ -44,6 +62,7 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if scale.numel():
         _kernel[(triton.cdiv(scale.numel(), ROWS),)](
-            x, out, scale, scale.numel(), I=size, BI=triton.next_power_of_2(size), BR=ROWS, num_warps=4
-        )
+            x, out, scale, scale.numel(), I=size, BI=triton.next_power_of_2(size), BR=ROWS,
+            INTERPRET=interpreted(), num_warps=4,
+        )  # fmt: skip
     return out, scale

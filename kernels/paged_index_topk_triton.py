@@ -2,7 +2,7 @@
 
 A program scores SPAN keys of a sequence, found through the block table, with the very tile that
 index_topk_triton.py scores with, and the same top-k follows, so that a step selects what the packed training
-kernels select, bit for bit, in any batch. No length is read on the host: the grid is that of the longest
+kernels select, bit for bit, in any batch, from bf16 or from e4m3. No length is read on the host: the grid is that of the longest
 sequence allowed, and the calls can be captured in a CUDA graph. Definition: reference.paged with
 reference.index_scores and reference.select_topk. Next: pages.py, paged_mla_triton.py.
 
@@ -35,10 +35,11 @@ def page(table_ptr, sequence, at, there, block_size, stride_table, stride_block,
 
 @triton.jit
 def _paged_scores_kernel(
-    q_ptr, pool_ptr, w_ptr, table_ptr, lengths_ptr, keys_ptr,
-    block_size, stride_table, stride_block, stride_token, width,
+    q_ptr, pool_ptr, w_ptr, scale_ptr, table_ptr, lengths_ptr, keys_ptr,
+    block_size, stride_table, stride_block, stride_token, stride_scale_block, stride_scale_token, width,
     Q: tl.constexpr, J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr,
-    BK: tl.constexpr, QD: tl.constexpr, SPAN: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, QD: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, INTERPRET: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """SPAN keys of a sequence against QD of its new tokens."""
     sequence = (tl.program_id(0) // tl.cdiv(Q, QD)).to(tl.int64)
@@ -65,6 +66,11 @@ def _paged_scores_kernel(
                 pool_ptr + offset[:, None] + i[None, :], mask=there[:, None] & (i < I)[None, :], other=0.0
             )
             score = score_tile(k, q, w, BK, QD, BJ, INTERPRET)
+            if SCALED:
+                offset = page(
+                    table_ptr, sequence, at, there, block_size, stride_table, stride_scale_block, stride_scale_token
+                )  # fmt: skip
+                score *= tl.load(scale_ptr + offset, mask=there, other=0.0)[:, None]
             seen = (at[:, None] < end[None, :]) & (first_new + n < Q)[None, :]
             tl.store(keys_ptr + (row + n)[None, :] * width + at[:, None], ordered(score), mask=seen)
 
@@ -81,8 +87,8 @@ def topk(
     """Positions of the num_kept best keys of every new token: int32 [B, Q, K], ascending, -1 beyond.
 
     The Q new tokens are the last of each sequence, their keys in the cache already; each sees itself and what is
-    before it. w is fp32 and carries every factor; q has the dtype of the keys. Raises ValueError for what does
-    not fit.
+    before it. w is fp32 and carries every factor, the scales of q among them if it is e4m3; q has the dtype of the
+    keys. Raises ValueError for what does not fit.
     """
     B, Q, J, I = q_BQJI.shape
     pool_PSI, table_BM = pages.index_PSI, pages.table_BM
@@ -100,12 +106,14 @@ def topk(
     end_N = (pages.lengths_B[:, None] + new_Q).clamp(min=0).view(-1)
     BJ = block(J)
     if N:
+        scale_PS = w_BQJ[0] if pages.scale_PS is None else pages.scale_PS  # read only where keys have scales
         together = shape.together(BJ)
         _paged_scores_kernel[(B * triton.cdiv(Q, together), triton.cdiv(pages.max_length, SPAN))](
-            q_BQJI.contiguous(), pool_PSI, w_BQJ.contiguous(), table_BM, pages.lengths_B, buffer,
-            pages.block_size, table_BM.stride(0), pool_PSI.stride(0), pool_PSI.stride(1), width,
+            q_BQJI.contiguous(), pool_PSI, w_BQJ.contiguous(), scale_PS, table_BM, pages.lengths_B, buffer,
+            pages.block_size, table_BM.stride(0), pool_PSI.stride(0), pool_PSI.stride(1),
+            scale_PS.stride(0), scale_PS.stride(1), width,
             Q=Q, J=J, I=I, K=num_kept, BJ=BJ, BI=block(I), BK=shape.keys,
-            QD=together, SPAN=SPAN, INTERPRET=interpreted(), STAGES=shape.stages,
+            QD=together, SPAN=SPAN, SCALED=pages.scale_PS is not None, INTERPRET=interpreted(), STAGES=shape.stages,
             num_warps=shape.warps,
         )  # fmt: skip
         topk_triton.topk_rows(

@@ -31,9 +31,14 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
 
 
 class Cache:
-    """Sequences of latent entries and index keys, and the pool that holds them in scattered blocks."""
+    """Sequences of latent entries and index keys, and the pool that holds them in scattered blocks.
 
-    def __init__(self, lengths: list[int], block_size: int, *, coarse: bool = False) -> None:
+    With e4m3 the keys are that, and have a scale of their own behind them.
+    """
+
+    def __init__(
+        self, lengths: list[int], block_size: int, *, coarse: bool = False, e4m3: bool = False
+    ) -> None:
         size = VALUE + ROTARY + INDEX
         self.rows = [_random(n, size, seed=i) for i, n in enumerate(lengths)]
         if coarse:  # few different values: ties everywhere, sums exact in any order
