@@ -40,10 +40,10 @@ def _last_kept(kept_ptr, first, num_slots, K: tl.constexpr, PART: tl.constexpr):
 @triton.jit
 def _part_kernel(
     q_ptr, pool_ptr, table_ptr, kept_ptr, acc_ptr, m_ptr, total_ptr, scale,
-    num_slots, block_size, stride_table, stride_block, stride_token,
+    num_slots, stride_table, stride_block, stride_token,
     Q: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     BH: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    PART: tl.constexpr, PARTS: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One new token, BH heads, PART kept entries: online softmax, left unnormalised."""
     E: tl.constexpr = R + P
@@ -62,10 +62,8 @@ def _part_kernel(
         at = part * PART + start + tl.arange(0, BK)
         position = tl.load(kept_ptr + row * K + at, mask=at < K, other=-1)
         valid = (position >= 0) & (position < num_slots)
-        offset = page(
-            table_ptr, row // Q, position, valid, block_size, stride_table, stride_block, stride_token
-        )
-        entry = pool_ptr + offset[:, None]
+        block, place = page(table_ptr, row // Q, position, valid, stride_table, PAGE)
+        entry = pool_ptr + (block * stride_block + place * stride_token)[:, None]
         k = tl.load(entry + r[None, :], mask=valid[:, None] & in_r[None, :], other=0.0)
         k_rot = tl.load(entry + R + p[None, :], mask=valid[:, None] & in_p[None, :], other=0.0)
         logits = dot(q, tl.trans(k), INTERPRET) + dot(q_rot, tl.trans(k_rot), INTERPRET)
@@ -84,16 +82,16 @@ def _part_kernel(
 
 @triton.jit
 def _slots_kernel(
-    table_ptr, kept_ptr, slots_ptr, num_slots, block_size, stride_table,
-    Q: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, kept_ptr, slots_ptr, num_slots, stride_table,
+    Q: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows of the pool of a new token's kept positions, -1 where there is none."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     position = tl.load(kept_ptr + row * K + at, mask=at < K, other=-1)
     valid = (position >= 0) & (position < num_slots)
-    which = tl.load(table_ptr + row // Q * stride_table + position // block_size, mask=valid, other=0)
-    slot = tl.where(valid, which * block_size + position % block_size, -1)
+    block, place = page(table_ptr, row // Q, position, valid, stride_table, PAGE)
+    slot = tl.where(valid, (block * PAGE + place).to(tl.int32), -1)
     tl.store(slots_ptr + row * PLACES + at, slot, mask=at < PLACES)
 
 
@@ -166,9 +164,9 @@ def attend(
     else:
         _part_kernel[(N, parts, triton.cdiv(H, BH))](
             q_BQHE, pool_PSE, table_BM, kept_BQK, *out, scale,
-            pages.room, pages.block_size, table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
+            pages.room, table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
             Q=Q, H=H, R=R, P=E - R, K=K, BH=BH, BR=block(R), BP=block(E - R), BK=tiles.keys,
-            PART=part, PARTS=parts, INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
+            PART=part, PARTS=parts, PAGE=pages.block_size, INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
     _combine_kernel[(N, H)](
         acc_NCHR, m_NCH, total_NCH, o_BQHR, lse_BQH, H=H, R=R, BR=block(R), PARTS=parts, num_warps=2
@@ -185,8 +183,8 @@ def _parts_by_gluon(
     pool_PSE, table_BM = pages.entries_PSE, pages.table_BM
     slots_NK = kept_BQK.new_empty(N, parts * part)
     _slots_kernel[(N, triton.cdiv(parts * part, SLOTS))](
-        table_BM, kept_BQK, slots_NK, pages.room, pages.block_size, table_BM.stride(0),
-        Q=Q, K=K, PLACES=parts * part, BLOCK=SLOTS,
+        table_BM, kept_BQK, slots_NK, pages.room, table_BM.stride(0),
+        Q=Q, K=K, PLACES=parts * part, PAGE=pages.block_size, BLOCK=SLOTS,
     )  # fmt: skip
     gluon = sparse_mla_gluon
     gluon.part_kernel[(N, parts, H // gluon.TILE)](
