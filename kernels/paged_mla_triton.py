@@ -25,6 +25,10 @@ from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, fits_gluon
 PART = 512
 """Kept entries of a part."""
 FEW_HEADS = Tiles(heads=32)
+MULTIPROCESSORS = 132
+"""Of an H100 or H200, each of which has room for one program of the Gluon kernel."""
+START = 3
+"""Tiles that fit the time in which such a program starts and ends."""
 SLOTS = 1024
 """Kept positions that one program turns into slots."""
 
@@ -108,11 +112,12 @@ def _combine_kernel(
     acc = tl.zeros([BR], tl.float32)
     for part in range(PARTS):
         at = (row * PARTS + part) * H + h
-        part_m = tl.load(m_ptr + at)
+        part_m, part_total = tl.load(m_ptr + at), tl.load(total_ptr + at)
         new_m = tl.maximum(m, part_m)
         old, new = tl.exp2(m - new_m), tl.exp2(part_m - new_m)
-        total = total * old + tl.load(total_ptr + at) * new
-        acc = acc * old + tl.load(acc_ptr + at * R + r, mask=r < R, other=0.0) * new
+        total = total * old + part_total * new
+        there = tl.where(part_total != 0, R, 0)  # nobody wrote the sum of an empty part
+        acc = acc * old + tl.load(acc_ptr + at * R + r, mask=r < there, other=0.0) * new
         m = new_m
     safe = tl.where(total > 0, total, 1.0)
     out = tl.where(total > 0, acc / safe, 0.0)
@@ -182,16 +187,31 @@ def _parts_by_gluon(
     N, parts, _, R = out[0].shape
     pool_PSE, table_BM = pages.entries_PSE, pages.table_BM
     slots_NK = kept_BQK.new_empty(N, parts * part)
+    count = _parts_together(N * (H // sparse_mla_gluon.TILE), parts, part)
     _slots_kernel[(N, triton.cdiv(parts * part, SLOTS))](
         table_BM, kept_BQK, slots_NK, pages.room, table_BM.stride(0),
         Q=Q, K=K, PLACES=parts * part, PAGE=pages.block_size, BLOCK=SLOTS,
     )  # fmt: skip
     gluon = sparse_mla_gluon
-    gluon.part_kernel[(N, parts, H // gluon.TILE)](
+    gluon.part_kernel[(N, parts // count, H // gluon.TILE)](
         q_BQHE, pool_PSE, slots_NK, *out, scale, len(pool_PSE) * pages.block_size, pool_PSE.stride(1),
-        H=H, R=R, P=E - R, PART=part, PARTS=parts, KB=max(part, 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
+        H=H, R=R, P=E - R, PART=part, PARTS=parts, COUNT=count,
+        KB=max(triton.next_power_of_2(count * part), 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
         num_warps=gluon.WARPS,
     )  # fmt: skip
+
+
+def _parts_together(rows: int, parts: int, part: int) -> int:
+    """Parts that a program takes one after another, for so many rows of heads: a matter of time, not of results.
+
+    Few long programs lose less in starting, if there are enough of them.
+    """
+
+    def cost(count: int) -> int:
+        rounds = triton.cdiv(rows * (parts // count), MULTIPROCESSORS)
+        return rounds * (count * part // sparse_mla_gluon.TILE + START)
+
+    return min((n for n in range(1, parts + 1) if parts % n == 0), key=cost)
 
 
 def _fits_gluon(q_BQHE: Tensor, pages: Pages, value_size: int) -> bool:

@@ -75,11 +75,11 @@ def _producer(
 
 @gluon.jit
 def _consumer(
-    slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+    slots_row, num_slots, first, last, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
     R: gl.constexpr, K: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the tiles: sum of values, probabilities [BH, BK] still to be summed, maximum."""
+    """Online softmax over tiles first .. last - 1: sum of values, probabilities [BH, BK] still to be summed, maximum."""
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_smem.dtype
     m = gl.full([BH], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
@@ -87,7 +87,7 @@ def _consumer(
     acc = gl.zeros([BH, R], gl.float32, o_layout)
     zero = gl.zeros([BH, BK], gl.float32, s_layout)
     prob = zero
-    for tile in range(tiles):
+    for tile in range(first, last):
         # Logits of this tile, then values of this tile with the probabilities they give.
         buffer = tile % 2
         valid = row_slots(slots_row, tile * BK, num_slots, -1, K, BK, columns) >= 0
@@ -136,16 +136,33 @@ def _finish(
 
 
 @gluon.jit
-def _attend(
-    q_row, kv_ptr, stride, slots_row, scale, num_slots, head,
-    R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+def _consume_parts(
+    slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+    acc_row, m_row, total_row, head,
+    R: gl.constexpr, H: gl.constexpr, PART: gl.constexpr, COUNT: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """BH heads of a query, from q_row + head E on, over a row of K kept entries: what _consumer returns."""
-    E: gl.constexpr = R + P
-    line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
+    """The softmax of COUNT parts, each by itself and left unnormalised; sums of values only of parts that have tiles."""
+    for part in range(COUNT):
+        first = part * (PART // BK)
+        last = gl.minimum(first + PART // BK, tiles)
+        acc, total, m = _consumer(
+            slots_row, num_slots, first, last, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+            R, COUNT * PART, BH, BK, s_layout, o_layout,
+        )  # fmt: skip
+        heads = part * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
+        gl.store(m_row + heads, m)
+        gl.store(total_row + heads, gl.sum(total, 1))
+        if first < last:
+            h = part * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, o_layout))
+            r = gl.arange(0, R, layout=gl.SliceLayout(0, o_layout))
+            gl.store(acc_row + h[:, None] * R + r[None, :], acc)
+
+
+@gluon.jit
+def _buffers(dtype: gl.constexpr, R: gl.constexpr, P: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr):
+    """Shared memory: two parts of the queries, of two buffers of entries; probabilities; who is done with a buffer."""
     smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    dtype: gl.constexpr = q_row.dtype.element_ty
     q_smem = gl.allocate_shared_memory(dtype, [BH, R], smem)
     q_rot_smem = gl.allocate_shared_memory(dtype, [BH, P], smem)
     k_smem = gl.allocate_shared_memory(dtype, [2, BK, R], smem)
@@ -156,37 +173,29 @@ def _attend(
     for buffer in gl.static_range(2):
         mbarrier.init(full.index(buffer), count=32 * PRODUCER_WARPS)
         mbarrier.init(empty.index(buffer), count=1)
+    return q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty
 
-    # Which entries there are: the last valid place ends the loop, any valid slot stands in for missing ones.
-    places = gl.arange(0, KB, layout=line)
+
+@gluon.jit
+def _which(slots_row, num_slots, K: gl.constexpr, KB: gl.constexpr, BK: gl.constexpr):
+    """Tiles up to the last entry that there is, and the slot of any, which stands in for missing ones."""
+    line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
     every = row_slots(slots_row, 0, num_slots, -1, K, KB, line)
-    stand_in = gl.maximum(gl.max(every, 0), 0)
+    places = gl.arange(0, KB, layout=line)
     tiles = gl.cdiv(gl.max(gl.where(every >= 0, places + 1, 0), 0), BK)
+    return tiles, gl.maximum(gl.max(every, 0), 0)
 
-    # The queries of the heads are rows of a table with E columns, like entries.
+
+@gluon.jit
+def _load_queries(q_row, head, q_smem, q_rot_smem, R: gl.constexpr, P: gl.constexpr, BH: gl.constexpr):
+    """Queries of BH heads: rows of a table with R + P columns, like entries."""
     heads_wide = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(R, 8, gl.num_warps())))
     heads_narrow = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(P, 8, gl.num_warps())))
-    _copy(q_row, E, heads_wide, heads_narrow, q_smem, q_rot_smem, R, P)
+    _copy(q_row, R + P, heads_wide, heads_narrow, q_smem, q_rot_smem, R, P)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
-    acc, total, m = gl.warp_specialize(
-        [
-            (
-                _consumer,
-                (slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
-                 R, K, BH, BK, s_layout, o_layout),
-            ),
-            (
-                _producer,
-                (kv_ptr, stride, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty, R, P, K, BK),
-            ),
-        ],
-        [PRODUCER_WARPS],
-        [40],
-    )  # fmt: skip
-    return acc, total, m
 
 
 @gluon.jit
@@ -202,9 +211,24 @@ def forward_kernel(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
     row = (gl.program_id(0) // G).to(gl.int64)
     head = gl.program_id(0) % G * BH
-    acc, total, m = _attend(
-        q_ptr + row * (H * E), kv_ptr, E, slots_ptr + row * K, scale, num_slots, head, R, P, K, KB, BH, BK,
-        s_layout, o_layout,
+    slots_row = slots_ptr + row * K
+    q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(q_ptr.dtype.element_ty, R, P, BH, BK)
+    tiles, stand_in = _which(slots_row, num_slots, K, KB, BK)
+    _load_queries(q_ptr + row * (H * E), head, q_smem, q_rot_smem, R, P, BH)
+    acc, total, m = gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (slots_row, num_slots, 0, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full,
+                 empty, R, K, BH, BK, s_layout, o_layout),
+            ),
+            (
+                _producer,
+                (kv_ptr, E, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty, R, P, K, BK),
+            ),
+        ],
+        [PRODUCER_WARPS],
+        [40],
     )  # fmt: skip
     _finish(acc, total, m, o_ptr + (row * H + head) * R, lse_ptr + row * H + head, R, BH, s_layout, o_layout)
 
@@ -213,22 +237,32 @@ def forward_kernel(
 def part_kernel(
     q_ptr, kv_ptr, slots_ptr, acc_ptr, m_ptr, total_ptr, scale, num_slots, stride,
     H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr,
-    KB: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+    COUNT: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
-    """One query, BH heads, PART of its PART x PARTS kept entries, which are rows `stride` apart; left unnormalised."""
-    E: gl.constexpr = R + P
+    """One query, BH heads, COUNT of the PARTS parts of PART kept entries, which are rows `stride` apart."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
-    row = gl.program_id(0).to(gl.int64) * PARTS + gl.program_id(1)
+    row = gl.program_id(0).to(gl.int64)
+    part = row * PARTS + gl.program_id(1) * COUNT
     head = gl.program_id(2) * BH
-    acc, total, m = _attend(
-        q_ptr + gl.program_id(0).to(gl.int64) * (H * E), kv_ptr, stride, slots_ptr + row * PART, scale, num_slots,
-        head, R, P, PART, KB, BH, BK, s_layout, o_layout,
+    slots_row = slots_ptr + part * PART
+    q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(q_ptr.dtype.element_ty, R, P, BH, BK)
+    tiles, stand_in = _which(slots_row, num_slots, COUNT * PART, KB, BK)
+    _load_queries(q_ptr + row * (H * (R + P)), head, q_smem, q_rot_smem, R, P, BH)
+    gl.warp_specialize(
+        [
+            (
+                _consume_parts,
+                (slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+                 acc_ptr + part * (H * R), m_ptr + part * H, total_ptr + part * H, head,
+                 R, H, PART, COUNT, BH, BK, s_layout, o_layout),
+            ),
+            (
+                _producer,
+                (kv_ptr, stride, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty,
+                 R, P, COUNT * PART, BK),
+            ),
+        ],
+        [PRODUCER_WARPS],
+        [40],
     )  # fmt: skip
-    h = row * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
-    gl.store(m_ptr + h, m)
-    gl.store(total_ptr + h, gl.sum(total, 1))
-    wide: gl.constexpr = row_layout(R, 4, gl.num_warps())
-    h = row * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, wide))
-    r = gl.arange(0, R, layout=gl.SliceLayout(0, wide))
-    gl.store(acc_ptr + h[:, None] * R + r[None, :], gl.convert_layout(acc, wide))
