@@ -2,7 +2,7 @@
 
 The kept entries of a row are cut into parts of a fixed size, so that one sequence can keep a whole GPU busy; a
 second kernel puts the parts together in ascending order. On Hopper the parts are the Gluon kernel's of
-sparse_mla_gluon.py, for which positions become rows of the pool first. The size is an argument, never a matter of the batch:
+sparse_mla_gluon.py, of which one program takes several where the batch fills the GPU. The size is an argument, never a matter of the batch:
 a row's bits do not depend on what is decoded beside it. Nothing is read on the host, so a step can be captured
 in a CUDA graph. Entries that are not kept, unused blocks and unused table entries are never read. Definition:
 reference.paged with reference.sparse_mla. Next: sparse_mla_triton.py, ../model/decode.py.
@@ -29,8 +29,6 @@ MULTIPROCESSORS = 132
 """Of an H100 or H200, each of which has room for one program of the Gluon kernel."""
 START = 3
 """Tiles that fit the time in which such a program starts and ends."""
-SLOTS = 1024
-"""Kept positions that one program turns into slots."""
 
 
 @triton.jit
@@ -82,21 +80,6 @@ def _part_kernel(
     tl.store(m_ptr + out, m, mask=in_h)
     tl.store(total_ptr + out, total, mask=in_h)
     tl.store(acc_ptr + out[:, None] * R + r[None, :], acc, mask=in_h[:, None] & in_r[None, :])
-
-
-@triton.jit
-def _slots_kernel(
-    table_ptr, kept_ptr, slots_ptr, num_slots, stride_table,
-    Q: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows of the pool of a new token's kept positions, -1 where there is none."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    position = tl.load(kept_ptr + row * K + at, mask=at < K, other=-1)
-    valid = (position >= 0) & (position < num_slots)
-    block, place = page(table_ptr, row // Q, position, valid, stride_table, PAGE)
-    slot = tl.where(valid, (block * PAGE + place).to(tl.int32), -1)
-    tl.store(slots_ptr + row * PLACES + at, slot, mask=at < PLACES)
 
 
 @triton.jit
@@ -182,20 +165,15 @@ def attend(
 def _parts_by_gluon(
     q_BQHE: Tensor, pages: Pages, kept_BQK: Tensor, scale: float, part: int, out: tuple[Tensor, ...]
 ) -> None:
-    """The same parts; positions become rows of the pool first."""
+    """The same parts."""
     (_, Q, H, E), K = q_BQHE.shape, kept_BQK.shape[-1]
     N, parts, _, R = out[0].shape
     pool_PSE, table_BM = pages.entries_PSE, pages.table_BM
-    slots_NK = kept_BQK.new_empty(N, parts * part)
-    count = _parts_together(N * (H // sparse_mla_gluon.TILE), parts, part)
-    _slots_kernel[(N, triton.cdiv(parts * part, SLOTS))](
-        table_BM, kept_BQK, slots_NK, pages.room, table_BM.stride(0),
-        Q=Q, K=K, PLACES=parts * part, PAGE=pages.block_size, BLOCK=SLOTS,
-    )  # fmt: skip
     gluon = sparse_mla_gluon
+    count = _parts_together(N * (H // gluon.TILE), parts, part)
     gluon.part_kernel[(N, parts // count, H // gluon.TILE)](
-        q_BQHE, pool_PSE, slots_NK, *out, scale, len(pool_PSE) * pages.block_size, pool_PSE.stride(1),
-        H=H, R=R, P=E - R, PART=part, PARTS=parts, COUNT=count,
+        q_BQHE, pool_PSE, table_BM, kept_BQK, *out, scale, pages.room, table_BM.stride(0), pool_PSE.stride(1),
+        Q=Q, H=H, R=R, P=E - R, K=K, PART=part, PARTS=parts, COUNT=count, PAGE=pages.block_size,
         KB=max(triton.next_power_of_2(count * part), 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
         num_warps=gluon.WARPS,
     )  # fmt: skip

@@ -28,6 +28,8 @@ TILE = 64
 """Heads and kept entries of a tile."""
 WARPS = 8
 PRODUCER_WARPS = gl.constexpr(4)
+PRODUCER_REGISTERS = gl.constexpr(56)
+"""Per thread; the warps that multiply share the rest, 224. Neither spills."""
 
 
 @gluon.constexpr_function
@@ -38,11 +40,22 @@ def row_layout(width, size, warps):
 
 
 @gluon.jit
-def row_slots(slots_row, start, num_slots, missing, K: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
-    """Slots of a tile in a layout, `missing` for those that are."""
+def row_slots(slots_row, start, num_slots, missing, K, BK: gl.constexpr, layout: gl.constexpr):
+    """Slots of a tile of a row of K in a layout, `missing` for those that are."""
     at = start + gl.arange(0, BK, layout=layout)
     slots = gl.load(slots_row + at, mask=at < K, other=-1)
     return gl.where((slots >= 0) & (slots < num_slots), slots, missing)
+
+
+@gluon.jit
+def _rows(
+    slots_row, start, num_slots, stand_in, table_row, K, BK: gl.constexpr, PAGE: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """Rows of memory of a tile: the slots themselves, or with PAGE what the sequence's table of blocks makes of them."""
+    slots = row_slots(slots_row, start, num_slots, stand_in, K, BK, layout)
+    if PAGE > 0:
+        slots = gl.load(table_row + slots // PAGE) * PAGE + slots % PAGE
+    return slots
 
 
 @gluon.jit
@@ -58,25 +71,25 @@ def _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.cons
 
 @gluon.jit
 def _producer(
-    kv_ptr, stride, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty,
-    R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, BK: gl.constexpr,
+    kv_ptr, stride, slots_row, num_slots, stand_in, tiles, K, table_row, k_smem, k_rot_smem, full, empty,
+    R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """Copy one tile after another into the buffers that are handed back."""
     wide: gl.constexpr = gl.SliceLayout(1, row_layout(R, 8, gl.num_warps()))
     narrow: gl.constexpr = gl.SliceLayout(1, row_layout(P, 8, gl.num_warps()))
     for tile in range(tiles):
         buffer = tile % 2
-        slots_wide = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, wide)
-        slots_narrow = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, narrow)
+        rows_wide = _rows(slots_row, tile * BK, num_slots, stand_in, table_row, K, BK, PAGE, wide)
+        rows_narrow = _rows(slots_row, tile * BK, num_slots, stand_in, table_row, K, BK, PAGE, narrow)
         mbarrier.wait(empty.index(buffer), (tile // 2 + 1) % 2)
-        _copy(kv_ptr, stride, slots_wide, slots_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
+        _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
         async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
 
 
 @gluon.jit
 def _consumer(
-    slots_row, num_slots, first, last, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
-    R: gl.constexpr, K: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+    slots_row, num_slots, first, last, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+    R: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over tiles first .. last - 1: sum of values, probabilities [BH, BK] still to be summed, maximum."""
@@ -137,7 +150,7 @@ def _finish(
 
 @gluon.jit
 def _consume_parts(
-    slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+    slots_row, num_slots, tiles, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
     acc_row, m_row, total_row, head,
     R: gl.constexpr, H: gl.constexpr, PART: gl.constexpr, COUNT: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
@@ -147,8 +160,8 @@ def _consume_parts(
         first = part * (PART // BK)
         last = gl.minimum(first + PART // BK, tiles)
         acc, total, m = _consumer(
-            slots_row, num_slots, first, last, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
-            R, COUNT * PART, BH, BK, s_layout, o_layout,
+            slots_row, num_slots, first, last, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full,
+            empty, R, BH, BK, s_layout, o_layout,
         )  # fmt: skip
         heads = part * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
         gl.store(m_row + heads, m)
@@ -177,7 +190,7 @@ def _buffers(dtype: gl.constexpr, R: gl.constexpr, P: gl.constexpr, BH: gl.const
 
 
 @gluon.jit
-def _which(slots_row, num_slots, K: gl.constexpr, KB: gl.constexpr, BK: gl.constexpr):
+def _which(slots_row, num_slots, K, KB: gl.constexpr, BK: gl.constexpr):
     """Tiles up to the last entry that there is, and the slot of any, which stands in for missing ones."""
     line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
     every = row_slots(slots_row, 0, num_slots, -1, K, KB, line)
@@ -212,57 +225,66 @@ def forward_kernel(
     row = (gl.program_id(0) // G).to(gl.int64)
     head = gl.program_id(0) % G * BH
     slots_row = slots_ptr + row * K
-    q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(q_ptr.dtype.element_ty, R, P, BH, BK)
+    q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(
+        q_ptr.dtype.element_ty, R, P, BH, BK
+    )
     tiles, stand_in = _which(slots_row, num_slots, K, KB, BK)
     _load_queries(q_ptr + row * (H * E), head, q_smem, q_rot_smem, R, P, BH)
     acc, total, m = gl.warp_specialize(
         [
             (
                 _consumer,
-                (slots_row, num_slots, 0, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full,
-                 empty, R, K, BH, BK, s_layout, o_layout),
+                (slots_row, num_slots, 0, tiles, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full,
+                 empty, R, BH, BK, s_layout, o_layout),
             ),
             (
                 _producer,
-                (kv_ptr, E, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty, R, P, K, BK),
+                (kv_ptr, E, slots_row, num_slots, stand_in, tiles, K, slots_row, k_smem, k_rot_smem, full, empty,
+                 R, P, BK, 0),
             ),
         ],
         [PRODUCER_WARPS],
-        [40],
+        [PRODUCER_REGISTERS],
     )  # fmt: skip
     _finish(acc, total, m, o_ptr + (row * H + head) * R, lse_ptr + row * H + head, R, BH, s_layout, o_layout)
 
 
 @gluon.jit
 def part_kernel(
-    q_ptr, kv_ptr, slots_ptr, acc_ptr, m_ptr, total_ptr, scale, num_slots, stride,
-    H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr,
-    COUNT: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+    q_ptr, pool_ptr, table_ptr, kept_ptr, acc_ptr, m_ptr, total_ptr, scale, num_slots, stride_table, stride,
+    Q: gl.constexpr, H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, PART: gl.constexpr,
+    PARTS: gl.constexpr, COUNT: gl.constexpr, PAGE: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr,
+    BK: gl.constexpr,
 ):  # fmt: skip
-    """One query, BH heads, COUNT of the PARTS parts of PART kept entries, which are rows `stride` apart."""
+    """One new token, BH heads, COUNT of its PARTS parts of PART kept positions in a pool of rows `stride` apart."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
     row = gl.program_id(0).to(gl.int64)
     part = row * PARTS + gl.program_id(1) * COUNT
     head = gl.program_id(2) * BH
-    slots_row = slots_ptr + part * PART
-    q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(q_ptr.dtype.element_ty, R, P, BH, BK)
-    tiles, stand_in = _which(slots_row, num_slots, COUNT * PART, KB, BK)
+    first = gl.program_id(1) * (COUNT * PART)
+    num = gl.minimum(K - first, COUNT * PART)
+    kept_row = kept_ptr + row * K + first
+    table_row = table_ptr + row // Q * stride_table
+    q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(
+        q_ptr.dtype.element_ty, R, P, BH, BK
+    )
+    tiles, stand_in = _which(kept_row, num_slots, num, KB, BK)
     _load_queries(q_ptr + row * (H * (R + P)), head, q_smem, q_rot_smem, R, P, BH)
     gl.warp_specialize(
         [
             (
                 _consume_parts,
-                (slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+                (kept_row, num_slots, tiles, num, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
                  acc_ptr + part * (H * R), m_ptr + part * H, total_ptr + part * H, head,
                  R, H, PART, COUNT, BH, BK, s_layout, o_layout),
             ),
             (
                 _producer,
-                (kv_ptr, stride, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty,
-                 R, P, COUNT * PART, BK),
+                (pool_ptr, stride, kept_row, num_slots, stand_in, tiles, num, table_row, k_smem, k_rot_smem, full, empty,
+                 R, P, BK, PAGE),
             ),
         ],
         [PRODUCER_WARPS],
-        [40],
+        [PRODUCER_REGISTERS],
     )  # fmt: skip

@@ -173,7 +173,9 @@ def _write(key, inside, where, threshold, out_ptr, found, seen, left):
 
 
 @triton.jit
-def _write_row(keys_ptr, begin, end, width, threshold, out_ptr, first_key, K: tl.constexpr, BLOCK: tl.constexpr):
+def _write_row(
+    keys_ptr, begin, end, width, threshold, out_ptr, first_key, K: tl.constexpr, BLOCK: tl.constexpr
+):
     """The K best of a whole row, given what separates them."""
     counts = tl.zeros([BLOCK], tl.int32)
     start = begin // ALIGN * ALIGN
