@@ -51,7 +51,7 @@ def test_many_rows_are_unions(kept: int) -> None:
         count = kept - n % 3 * (kept // 3)
         rows.append(sorted(torch.randperm(keys, generator=make)[:count].tolist()) + [-1] * (kept - count))
     for pair, found in enumerate(_lists(rows, keys)):
-        mine = [dict((s, i) for i, s in enumerate(row) if s >= 0) for row in rows[2 * pair : 2 * pair + 2]]
+        mine = [{s: i for i, s in enumerate(row) if s >= 0} for row in rows[2 * pair : 2 * pair + 2]]
         mine += [{}] * (2 - len(mine))
         union = sorted(set(mine[0]) | set(mine[1]))
         assert found == [(s, mine[0].get(s, -1), mine[1].get(s, -1)) for s in union]
