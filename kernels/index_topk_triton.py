@@ -202,7 +202,7 @@ def topk(
     _check(q_NJI, k_SI, w_NJ, ranges, k_scale_S)
     out_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_NJI.device)
     keys = max((c.rows * c.width for c in ranges.chunks), default=0)
-    work = max((c.rows * select.few(num_kept, c.width) for c in ranges.chunks), default=0)
+    work = max((c.rows * select.workspace(num_kept, c.width) for c in ranges.chunks), default=0)
     buffers = torch.empty(shape.lanes, keys + work, dtype=torch.int32, device=q_NJI.device)
     lanes = Lanes(q_NJI.device, shape.lanes)
     for number, chunk in enumerate(ranges.chunks):

@@ -125,7 +125,7 @@ def topk(
         )
     N, width = B * Q, triton.cdiv(pages.max_length, 32) * 32
     kept_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_BQJI.device)
-    work = N * select.few(num_kept, width)
+    work = N * select.workspace(num_kept, width)
     buffer = torch.empty(N * width + work, dtype=torch.int32, device=q_BQJI.device)
     begin_N, end_N = buffer.new_empty(2, N)
     BJ = block(J)

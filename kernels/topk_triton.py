@@ -1,8 +1,8 @@
 """Exact top-k of long rows of integer keys in Triton: one program per row, which it reads about once.
 
 1. A sample of the row gives a floor that the k-th largest key very probably reaches, and few keys do.
-2. The places of those that reach the floor are written down in ascending order: a prefix sum over a block of keys,
-   while the next block is on its way.
+2. A bit for every key says whether it reaches the floor; a prefix sum over words of 32 bits, and the places of the
+   bits are written down in ascending order.
 3. Among these few the k-th largest is sought in registers, two guesses at a time; those above it and the first ones
    equal to it are written out by one more prefix sum.
 
@@ -25,12 +25,17 @@ class Shape:
 
     sample: int = 4096
     """Keys that the floor is taken from; shorter rows are taken whole."""
-    warps: int = 16
+    warps: int = 8
 
     def few(self, num_kept: int, width: int) -> int:
         """Keys that may reach the floor; the longer a row, the less a sample knows of it."""
         power = triton.next_power_of_2(num_kept)
         return min(max((2 if width <= 32 * power else 4) * power, self.sample), MOST)
+
+
+    def workspace(self, num_kept: int, width: int) -> int:
+        """int32 numbers that a row needs beside its keys: places of the few, a bit for every key."""
+        return self.few(num_kept, width) + 32 * triton.cdiv(width + 32, 1024)
 
 
 SHAPE = Shape()
@@ -132,23 +137,56 @@ def _quarters(x):
 
 
 @triton.jit
-def _places(keys_ptr, places_ptr, begin, end, width, floor, FEW: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the places of the keys that reach the floor, ascending, FEW at most; returns how many there are."""
-    found = 0
+def _mark(keys_ptr, words_ptr, begin, end, width, floor, BLOCK: tl.constexpr):
+    """Which keys reach the floor, as words of 32 bits from begin // ALIGN * ALIGN on; before begin and behind end anything."""
+    bit = tl.full([1], 1, tl.int32) << tl.arange(0, 32)
+    words_ptr -= begin // ALIGN
     start = begin // ALIGN * ALIGN
     key = _block(keys_ptr, start, width, BLOCK)
     while start < end:
-        reached = ((key >= floor) & _inside(start, begin, end, BLOCK)).to(tl.int32)
+        reached = tl.reshape(key >= floor, [BLOCK // 32, 32])
         key = _block(keys_ptr, start + BLOCK, width, BLOCK)
-        ones = _quarters(reached)
-        num = ones[0] + ones[1] + ones[2] + ones[3]
-        place = found + tl.cumsum(num, 0) - num
-        at = start + 4 * tl.arange(0, BLOCK // 4)
-        for n in tl.static_range(4):
-            tl.store(places_ptr + place, at + n, mask=(ones[n] != 0) & (place < FEW))
-            place += ones[n]
-        found += tl.sum(num, 0)
+        at = start // 32 + tl.arange(0, BLOCK // 32)
+        tl.store(words_ptr + at, tl.sum(tl.where(reached, bit[None, :], 0), 1), mask=at * 32 < end)
         start += BLOCK
+
+
+@triton.jit
+def _ones(word):
+    """Number of bits set."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    return (((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+
+
+@triton.jit
+def _from(bit):
+    """A word with the bits from number `bit` on, which may be negative or beyond 31."""
+    return tl.where(bit >= 32, 0, -1 << tl.minimum(tl.maximum(bit, 0), 31))
+
+
+@triton.jit
+def _places(words_ptr, places_ptr, begin, end, FEW: tl.constexpr, WORDS: tl.constexpr):
+    """Write the places of the keys that _mark marked, ascending, FEW at most; returns how many there are."""
+    found = 0
+    words_ptr -= begin // ALIGN
+    start = begin // ALIGN
+    while start * 32 < end:
+        at = start + tl.arange(0, WORDS)
+        word = tl.load(words_ptr + at, mask=at * 32 < end, other=0)
+        word &= _from(begin - at * 32) & ~_from(end - at * 32)
+        ones = _ones(word)
+        place = found + tl.cumsum(ones, 0) - ones
+        found += tl.sum(ones, 0)
+        most = tl.max(ones, 0)
+        while most > 0:  # the lowest bit of every word, as a power of two in fp32
+            lowest = word & (~word + 1)
+            power = lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23
+            tl.store(places_ptr + place, at * 32 + (power - 127), mask=(word != 0) & (place < FEW))
+            place += 1
+            word ^= lowest
+            most -= 1
+        start += WORDS
     return found
 
 
@@ -195,7 +233,7 @@ def _write_row(
 
 @triton.jit(do_not_specialize=["first_row", "first_key"])
 def _topk_kernel(
-    keys_ptr, begin_ptr, end_ptr, work_ptr, out_ptr, first_row, first_key, width,
+    keys_ptr, begin_ptr, end_ptr, work_ptr, out_ptr, first_row, first_key, width, work_size,
     K: tl.constexpr, FEW: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The K best keys of one row."""
@@ -205,7 +243,8 @@ def _topk_kernel(
     end = tl.load(end_ptr + row) - first_key
     num = end - begin
     keys_ptr += local * width
-    places_ptr = work_ptr + local * FEW
+    places_ptr = work_ptr + local * work_size
+    words_ptr = places_ptr + FEW
     out_ptr += row * K
     if num <= K:
         start = 0
@@ -217,7 +256,9 @@ def _topk_kernel(
         floor = tl.full([], LOWEST, tl.int32)
         if num > SAMPLE:
             floor = _floor(keys_ptr + begin, num, K, FEW, SAMPLE)
-        few = _places(keys_ptr, places_ptr, begin, end, width, floor, FEW, BLOCK)
+        _mark(keys_ptr, words_ptr, begin, end, width, floor, 2 * BLOCK)
+        tl.debug_barrier()
+        few = _places(words_ptr, places_ptr, begin, end, FEW, BLOCK // 4)
         tl.debug_barrier()  # memory that other threads of the program have written
         if (few >= K) & (few <= FEW):
             at = tl.arange(0, FEW)
@@ -249,10 +290,10 @@ def topk_rows(
     """Write out_NK[first_row : first_row + rows]: the best of the keys begin .. end - 1, ascending, -1 beyond.
 
     keys is int32, `rows` rows of `width`, the first column being key `first_key`; work is int32 with
-    rows * shape.few(K, width) numbers.
+    rows * shape.workspace(K, width) numbers.
     """
     K = out_NK.shape[1]
     _topk_kernel[(rows,)](
-        keys, begin_N, end_N, work, out_NK, first_row, first_key, width,
+        keys, begin_N, end_N, work, out_NK, first_row, first_key, width, shape.workspace(K, width),
         K=K, FEW=shape.few(K, width), SAMPLE=shape.sample, BLOCK=512 * shape.warps, num_warps=shape.warps,
     )  # fmt: skip

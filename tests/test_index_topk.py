@@ -37,7 +37,7 @@ def _select(scores: torch.Tensor, ranges: list[tuple[int, int]], num_kept: int) 
     rows, width = scores.shape
     begin, end = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in zip(*ranges, strict=True))
     out = torch.full((rows, num_kept), -9, dtype=torch.int32, device=DEVICE)
-    work = torch.full((rows * SMALL.few(num_kept, width),), -7, dtype=torch.int32, device=DEVICE)
+    work = torch.full((rows * SMALL.workspace(num_kept, width),), -7, dtype=torch.int32, device=DEVICE)
     topk_triton.topk_rows(
         _integers(scores),
         begin,

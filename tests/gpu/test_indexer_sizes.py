@@ -63,7 +63,7 @@ def test_selection_of_hard_rows_equals_a_stable_sort(keys: int) -> None:
     end[31:37] = torch.tensor([0, 1, KEPT - 1, KEPT, KEPT + 1, 4097])
     begin, end = begin.cuda(), end.cuda()
     out = torch.full((40, KEPT), -9, dtype=torch.int32, device="cuda")
-    work = torch.full((40 * topk_triton.SHAPE.few(KEPT, keys),), -7, dtype=torch.int32, device="cuda")
+    work = torch.full((40 * topk_triton.SHAPE.workspace(KEPT, keys),), -7, dtype=torch.int32, device="cuda")
     topk_triton.topk_rows(scores, begin, end, work, out, first_row=0, rows=40, first_key=0, width=keys)
     for row in range(40):
         b, e = int(begin[row]), int(end[row])
