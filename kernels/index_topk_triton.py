@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import topk_triton
-from posttrain.kernels.lanes import Lanes
+from posttrain.kernels.lanes import Lanes, send
 from posttrain.kernels.product_triton import block, dot, interpreted
 
 CHUNK_BYTES = 24 << 20
@@ -92,7 +92,7 @@ def key_ranges(begin_N: Tensor, end_N: Tensor, device: torch.device | str) -> Ra
     num_keys = int(end_N.max()) if len(end_N) else 0
     chunks = _chunks(begin_N, end_N, CHUNK_BYTES, step=1)
     wide_chunks = _chunks(begin_N, end_N, WIDE_CHUNK_BYTES, step=WIDE_CHUNK_STEP)
-    return Ranges(begin_N.to(device), end_N.to(device), chunks, wide_chunks, num_keys)
+    return Ranges(send(begin_N, device), send(end_N, device), chunks, wide_chunks, num_keys)
 
 
 def packed(lengths: Sequence[int], device: torch.device | str) -> Ranges:

@@ -196,5 +196,5 @@ def _fits_gluon(q_BQHE: Tensor, pages: Pages, value_size: int) -> bool:
     """Whether the pool is a table of rows that the Gluon kernel can copy 16 bytes at a time."""
     pool_PSE = pages.entries_PSE
     is_table = pool_PSE.stride(0) == pages.block_size * pool_PSE.stride(1)
-    aligned = pool_PSE.stride(1) % 8 == 0 and pool_PSE.data_ptr() % 16 == 0
+    aligned = pool_PSE.stride(1) % 16 == 0 and pool_PSE.data_ptr() % 16 == 0
     return is_table and aligned and fits_gluon(q_BQHE.flatten(0, 1), value_size, q_BQHE.shape[3] - value_size)

@@ -14,6 +14,7 @@ from torch import Tensor
 from posttrain.kernels import (
     dense_probs_triton,
     dsa,
+    e4m3,
     fp8_triton,
     index_topk_triton,
     indexer_kl_triton,
@@ -24,6 +25,7 @@ from posttrain.kernels import (
 )
 from posttrain.kernels.index_topk_triton import key_ranges
 from posttrain.kernels.pages import Pages
+from posttrain.model.entry import Entry
 
 KEPT = 2048
 LATENT, ROTARY = 512, 64
@@ -126,6 +128,18 @@ def _invariant(dtype: torch.dtype) -> None:
     invariant_triton.product(torch.zeros(1, QUERIES, 7168, dtype=dtype), weight.transpose(1, 2))
 
 
+def _decode_from_e4m3(new: int, sequences: int) -> None:
+    entry = Entry(latent=LATENT + ROTARY, index=INDEX_SIZE, e4m3=True)
+    pool = _bf16(sequences * 64, 64, entry.width(2))
+    pool[0, 0, entry.latent :] = e4m3.pack(_bf16(1, INDEX_SIZE), entry.stored(2), by_triton=True)
+    keys, scale = e4m3.unpack(pool[..., entry.latent :], entry.index)
+    table = torch.zeros(sequences, 64, dtype=torch.int32)
+    pages = Pages(pool[..., : entry.latent], keys, table, table[:, 0].contiguous(), SLOTS, scale)
+    q, q_index = _bf16(sequences, new, 64, LATENT + ROTARY), _bf16(sequences, new, INDEX_HEADS, INDEX_SIZE)
+    w = torch.zeros(sequences, new, INDEX_HEADS)
+    dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=0.1, value_size=LATENT)
+
+
 LAUNCHES: dict[str, Launch] = {
     **{
         f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h), spill=32)
@@ -155,4 +169,10 @@ LAUNCHES: dict[str, Launch] = {
     "batch-invariant product": Launch(call=lambda: _invariant(torch.bfloat16)),
     "batch-invariant product, fp32": Launch(call=lambda: _invariant(torch.float32)),
     "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True)),
+    **{
+        f"decoding from e4m3, {new} new, {n} sequences": Launch(
+            call=lambda new=new, n=n: _decode_from_e4m3(new, n), spill=32
+        )
+        for new, n in ((2, 16), (1, 64))
+    },
 }

@@ -176,6 +176,12 @@ def test_e4m3_in_triton_equals_the_definition() -> None:
     torch.testing.assert_close(scale, wanted_scale, equal_nan=True, atol=0, rtol=0)
     assert scale[5].tolist()[:2] == [2.0, 2.0**-8] and scale[2, 1].isnan() and scale[3, 1].isnan()
     finite = wanted_scale.isfinite()
+    weight = _random(53, 3, seed=2)
+    again, weighted = fp8_triton.quantize_e4m3(x, weight=weight)
+    assert torch.equal(weighted[finite], (weight * wanted_scale)[finite])
+    assert torch.equal(again.view(torch.uint8), values.view(torch.uint8))
+    with pytest.raises(ValueError, match=r"weights \(53, 2\)"):
+        fp8_triton.quantize_e4m3(x, weight=weight[:, :2])
     assert torch.equal(values.view(torch.uint8)[finite], wanted.view(torch.uint8)[finite])
 
 
