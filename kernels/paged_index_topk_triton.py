@@ -16,13 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import topk_triton
-from posttrain.kernels.index_topk_triton import SHAPE, Shape, score_tile
+from posttrain.kernels.index_topk_triton import Shape, score_tile
 from posttrain.kernels.pages import Pages
 from posttrain.kernels.product_triton import block, interpreted
 from posttrain.kernels.topk_triton import ordered
 
 SPAN = 512
 """Keys that a program scores: a multiple of the tile's."""
+SHAPE = Shape(queries=32, columns=64, warps=4)
+"""One new token needs no wider product; tests hold that a score has the bits that the packed kernel's shape gives it."""
 STAGES = 5
 """Of the loop over tiles: the blocks they are in, two tiles on their way, one in the product."""
 
@@ -137,7 +139,7 @@ def topk(
             begin_N, end_N, table_BM.stride(0), pool_PSI.stride(0), pool_PSI.stride(1),
             scale_PS.stride(0), scale_PS.stride(1), width,
             Q=Q, J=J, I=I, K=num_kept, BJ=BJ, BI=block(I), BK=shape.keys,
-            QD=together, SPAN=SPAN, PAGE=pages.block_size, SCALED=pages.scale_PS is not None,
+            QD=together, SPAN=SPAN, PAGE=pages.page, SCALED=pages.scale_PS is not None,
             INTERPRET=interpreted(), STAGES=STAGES, num_warps=shape.warps,
         )  # fmt: skip
         topk_triton.topk_rows(

@@ -90,20 +90,21 @@ def _combine_kernel(
     """One head of one new token: its parts, in order."""
     row, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     r = tl.arange(0, BR)
-    m = tl.full([], -1e30, tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros([BR], tl.float32)
-    for part in range(PARTS):
-        at = (row * PARTS + part) * H + h
+    at = row * PARTS * H + h
+    m, total = tl.load(m_ptr + at), tl.load(total_ptr + at)
+    acc = tl.load(acc_ptr + at * R + r, mask=r < R, other=0.0)
+    for _ in range(1, PARTS):
+        at += H
         part_m, part_total = tl.load(m_ptr + at), tl.load(total_ptr + at)
+        part_acc = tl.load(acc_ptr + at * R + r, mask=r < R, other=0.0)
         new_m = tl.maximum(m, part_m)
         old, new = tl.exp2(m - new_m), tl.exp2(part_m - new_m)
-        total = total * old + part_total * new
-        there = tl.where(part_total != 0, R, 0)  # nobody wrote the sum of an empty part
-        acc = acc * old + tl.load(acc_ptr + at * R + r, mask=r < there, other=0.0) * new
+        # The rounding is written down: the Gluon kernel may do the same instead.
+        total = tl.fma(total, old, part_total * new)
+        acc = tl.fma(acc, tl.zeros_like(acc) + old, part_acc * new)
         m = new_m
     safe = tl.where(total > 0, total, 1.0)
-    out = tl.where(total > 0, acc / safe, 0.0)
+    out = acc * tl.where(total > 0, 1.0 / safe, 0.0)
     tl.store(o_ptr + (row * H + h) * R + r, out.to(o_ptr.dtype.element_ty), mask=r < R)
     tl.store(lse_ptr + row * H + h, tl.where(total > 0, (m + tl.log2(safe)) / LOG2E, float("-inf")))
 
@@ -148,13 +149,15 @@ def attend(
     q_BQHE, kept_BQK = q_BQHE.contiguous(), kept_BQK.contiguous()
     out = (acc_NCHR, m_NCH, total_NCH)
     if by_gluon:
-        _parts_by_gluon(q_BQHE, pages, kept_BQK, scale, part, out)
+        if _parts_by_gluon(q_BQHE, pages, kept_BQK, scale, part, out, (o_BQHR, lse_BQH)):
+            return o_BQHR, lse_BQH
     else:
         _part_kernel[(N, parts, triton.cdiv(H, BH))](
             q_BQHE, pool_PSE, table_BM, kept_BQK, *out, scale,
             pages.room, table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
             Q=Q, H=H, R=R, P=E - R, K=K, BH=BH, BR=block(R), BP=block(E - R), BK=tiles.keys,
-            PART=part, PARTS=parts, PAGE=pages.block_size, INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
+            PART=part, PARTS=parts, PAGE=pages.page, INTERPRET=interpreted(),
+            STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
     _combine_kernel[(N, H)](
         acc_NCHR, m_NCH, total_NCH, o_BQHR, lse_BQH, H=H, R=R, BR=block(R), PARTS=parts, num_warps=2
@@ -163,20 +166,23 @@ def attend(
 
 
 def _parts_by_gluon(
-    q_BQHE: Tensor, pages: Pages, kept_BQK: Tensor, scale: float, part: int, out: tuple[Tensor, ...]
-) -> None:
-    """The same parts."""
+    q_BQHE: Tensor, pages: Pages, kept_BQK: Tensor, scale: float, part: int, parts_out: tuple[Tensor, ...],
+    out: tuple[Tensor, ...],
+) -> bool:  # fmt: skip
+    """The same parts; True if their programs have put them together as well."""
     (_, Q, H, E), K = q_BQHE.shape, kept_BQK.shape[-1]
-    N, parts, _, R = out[0].shape
+    N, parts, _, R = parts_out[0].shape
     pool_PSE, table_BM = pages.entries_PSE, pages.table_BM
     gluon = sparse_mla_gluon
     count = _parts_together(N * (H // gluon.TILE), parts, part)
     gluon.part_kernel[(N, parts // count, H // gluon.TILE)](
-        q_BQHE, pool_PSE, table_BM, kept_BQK, *out, scale, pages.room, table_BM.stride(0), pool_PSE.stride(1),
-        Q=Q, H=H, R=R, P=E - R, K=K, PART=part, PARTS=parts, COUNT=count, PAGE=pages.block_size,
+        q_BQHE, pool_PSE, table_BM, kept_BQK, *parts_out, *out, scale, pages.room, table_BM.stride(0),
+        pool_PSE.stride(0) // 8, pool_PSE.stride(1) // 8,
+        Q=Q, H=H, R=R, P=E - R, K=K, PART=part, PARTS=parts, COUNT=count, PAGE=pages.page,
         KB=max(triton.next_power_of_2(count * part), 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
         num_warps=gluon.WARPS,
     )  # fmt: skip
+    return count == parts
 
 
 def _parts_together(rows: int, parts: int, part: int) -> int:
@@ -193,8 +199,8 @@ def _parts_together(rows: int, parts: int, part: int) -> int:
 
 
 def _fits_gluon(q_BQHE: Tensor, pages: Pages, value_size: int) -> bool:
-    """Whether the pool is a table of rows that the Gluon kernel can copy 16 bytes at a time."""
+    """Whether the Gluon kernel can copy entries 16 bytes at a time, and count the copies that the pool is made of."""
     pool_PSE = pages.entries_PSE
-    is_table = pool_PSE.stride(0) == pages.block_size * pool_PSE.stride(1)
-    aligned = pool_PSE.stride(1) % 16 == 0 and pool_PSE.data_ptr() % 16 == 0
-    return is_table and aligned and fits_gluon(q_BQHE.flatten(0, 1), value_size, q_BQHE.shape[3] - value_size)
+    by_8 = pool_PSE.stride(0) % 8 == 0 and pool_PSE.stride(1) % 8 == 0 and pool_PSE.data_ptr() % 16 == 0
+    counted = len(pool_PSE) * pool_PSE.stride(0) // 8 < 2**31
+    return by_8 and counted and fits_gluon(q_BQHE.flatten(0, 1), value_size, q_BQHE.shape[3] - value_size)

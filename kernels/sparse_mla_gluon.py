@@ -49,12 +49,13 @@ def row_slots(slots_row, start, num_slots, missing, K, BK: gl.constexpr, layout:
 
 @gluon.jit
 def _rows(
-    slots_row, start, num_slots, stand_in, table_row, K, BK: gl.constexpr, PAGE: gl.constexpr, layout: gl.constexpr
+    slots_row, start, num_slots, stand_in, K, table_row, stride_block, stride_token,
+    BK: gl.constexpr, PAGE: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Rows of memory of a tile: the slots themselves, or with PAGE what the sequence's table of blocks makes of them."""
+    """Where a tile's entries are: the slots themselves, or with PAGE what the sequence's table of blocks makes of them."""
     slots = row_slots(slots_row, start, num_slots, stand_in, K, BK, layout)
     if PAGE > 0:
-        slots = gl.load(table_row + slots // PAGE) * PAGE + slots % PAGE
+        slots = gl.load(table_row + slots // PAGE) * stride_block + slots % PAGE * stride_token
     return slots
 
 
@@ -71,18 +72,43 @@ def _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.cons
 
 @gluon.jit
 def _producer(
-    kv_ptr, stride, slots_row, num_slots, stand_in, tiles, K, table_row, k_smem, k_rot_smem, full, empty,
+    kv_ptr, unit, slots_row, num_slots, stand_in, tiles, K, table_row, stride_block, stride_token,
+    k_smem, k_rot_smem, full, empty,
     R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Copy one tile after another into the buffers that are handed back."""
+    """Copy one tile after another into the buffers that are handed back. Places are counted in units of numbers."""
     wide: gl.constexpr = gl.SliceLayout(1, row_layout(R, 8, gl.num_warps()))
     narrow: gl.constexpr = gl.SliceLayout(1, row_layout(P, 8, gl.num_warps()))
     for tile in range(tiles):
         buffer = tile % 2
-        rows_wide = _rows(slots_row, tile * BK, num_slots, stand_in, table_row, K, BK, PAGE, wide)
-        rows_narrow = _rows(slots_row, tile * BK, num_slots, stand_in, table_row, K, BK, PAGE, narrow)
+        rows_wide = _rows(
+            slots_row,
+            tile * BK,
+            num_slots,
+            stand_in,
+            K,
+            table_row,
+            stride_block,
+            stride_token,
+            BK,
+            PAGE,
+            wide,
+        )
+        rows_narrow = _rows(
+            slots_row,
+            tile * BK,
+            num_slots,
+            stand_in,
+            K,
+            table_row,
+            stride_block,
+            stride_token,
+            BK,
+            PAGE,
+            narrow,
+        )
         mbarrier.wait(empty.index(buffer), (tile // 2 + 1) % 2)
-        _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
+        _copy(kv_ptr, unit, rows_wide, rows_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
         async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
 
 
@@ -131,11 +157,10 @@ def _consumer(
 
 @gluon.jit
 def _finish(
-    acc, total, m, o_row, lse_row,
+    acc, sums, m, o_row, lse_row,
     R: gl.constexpr, BH: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Divide and store; o_row and lse_row are those of the first head."""
-    sums = gl.sum(total, 1)
     any_key = sums > 0
     safe = gl.where(any_key, sums, 1.0)
     lse = gl.where(any_key, (m + gl.log2(safe)) / LOG2E, float("-inf"))
@@ -151,25 +176,52 @@ def _finish(
 @gluon.jit
 def _consume_parts(
     slots_row, num_slots, tiles, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
-    acc_row, m_row, total_row, head,
+    acc_row, m_row, total_row,
     R: gl.constexpr, H: gl.constexpr, PART: gl.constexpr, COUNT: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
+    WHOLE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """The softmax of COUNT parts, each by itself and left unnormalised; sums of values only of parts that have tiles."""
+    """The softmax of COUNT parts, each by itself: written down, or with WHOLE put together.
+
+    What waits for the next part waits in memory, near the multiprocessor: registers hold one sum of values.
+    """
+    m = gl.full([BH], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([BH], gl.float32, gl.SliceLayout(1, s_layout))
+    acc = gl.zeros([BH, R], gl.float32, o_layout)
     for part in range(COUNT):
         first = part * (PART // BK)
-        last = gl.minimum(first + PART // BK, tiles)
-        acc, total, m = _consumer(
-            slots_row, num_slots, first, last, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full,
-            empty, R, BH, BK, s_layout, o_layout,
+        before_m, before_total = m, total
+        acc, total_tile, m = _consumer(
+            slots_row, num_slots, first, gl.minimum(first + PART // BK, tiles), K, scale, q_smem, q_rot_smem, k_smem,
+            k_rot_smem, prob_smem, full, empty, R, BH, BK, s_layout, o_layout,
         )  # fmt: skip
-        heads = part * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
-        gl.store(m_row + heads, m)
-        gl.store(total_row + heads, gl.sum(total, 1))
-        if first < last:
-            h = part * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, o_layout))
-            r = gl.arange(0, R, layout=gl.SliceLayout(0, o_layout))
-            gl.store(acc_row + h[:, None] * R + r[None, :], acc)
+        total = gl.sum(total_tile, 1)
+        if WHOLE:
+            if part > 0:  # as _combine_kernel does it, bit for bit
+                new_m = gl.maximum(before_m, m)
+                old = gl.exp2(before_m - new_m)
+                new = gl.exp2(m - new_m)
+                total = gl.fma(before_total, old, total * new)
+                m = new_m
+                old = gl.convert_layout(old, gl.SliceLayout(1, o_layout))
+                new = gl.convert_layout(new, gl.SliceLayout(1, o_layout))
+                before = gl.load(_sums(acc_row, 0, H, R, BH, o_layout))
+                acc = gl.fma(before, gl.zeros_like(acc) + old[:, None], acc * new[:, None])
+            if part < COUNT - 1:
+                gl.store(_sums(acc_row, 0, H, R, BH, o_layout), acc)
+        else:
+            heads = part * H + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
+            gl.store(m_row + heads, m)
+            gl.store(total_row + heads, total)
+            gl.store(_sums(acc_row, part, H, R, BH, o_layout), acc)
+    return acc, total, m
+
+
+@gluon.jit
+def _sums(acc_row, part, H: gl.constexpr, R: gl.constexpr, BH: gl.constexpr, layout: gl.constexpr):
+    """Where the sums of values of BH heads are."""
+    h = part * H + gl.arange(0, BH, layout=gl.SliceLayout(1, layout))
+    r = gl.arange(0, R, layout=gl.SliceLayout(0, layout))
+    return acc_row + h[:, None] * R + r[None, :]
 
 
 @gluon.jit
@@ -239,24 +291,39 @@ def forward_kernel(
             ),
             (
                 _producer,
-                (kv_ptr, E, slots_row, num_slots, stand_in, tiles, K, slots_row, k_smem, k_rot_smem, full, empty,
+                (kv_ptr, E, slots_row, num_slots, stand_in, tiles, K, slots_row, 0, 0, k_smem, k_rot_smem, full, empty,
                  R, P, BK, 0),
             ),
         ],
         [PRODUCER_WARPS],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
-    _finish(acc, total, m, o_ptr + (row * H + head) * R, lse_ptr + row * H + head, R, BH, s_layout, o_layout)
+    _finish(
+        acc,
+        gl.sum(total, 1),
+        m,
+        o_ptr + (row * H + head) * R,
+        lse_ptr + row * H + head,
+        R,
+        BH,
+        s_layout,
+        o_layout,
+    )
 
 
 @gluon.jit
 def part_kernel(
-    q_ptr, pool_ptr, table_ptr, kept_ptr, acc_ptr, m_ptr, total_ptr, scale, num_slots, stride_table, stride,
+    q_ptr, pool_ptr, table_ptr, kept_ptr, acc_ptr, m_ptr, total_ptr, o_ptr, lse_ptr, scale,
+    num_slots, stride_table, stride_block, stride_token,
     Q: gl.constexpr, H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, PART: gl.constexpr,
     PARTS: gl.constexpr, COUNT: gl.constexpr, PAGE: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr,
     BK: gl.constexpr,
 ):  # fmt: skip
-    """One new token, BH heads, COUNT of its PARTS parts of PART kept positions in a pool of rows `stride` apart."""
+    """One new token, BH heads, COUNT of its PARTS parts of PART kept positions: left unnormalised, but if they are all.
+
+    Strides of the pool are in units of 8 numbers, the size of a copy.
+    """
+    WHOLE: gl.constexpr = COUNT == PARTS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
     row = gl.program_id(0).to(gl.int64)
@@ -266,25 +333,31 @@ def part_kernel(
     num = gl.minimum(K - first, COUNT * PART)
     kept_row = kept_ptr + row * K + first
     table_row = table_ptr + row // Q * stride_table
+    acc_row = acc_ptr + (part * H + head) * R
+    m_row = m_ptr + part * H + head
+    total_row = total_ptr + part * H + head
     q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(
         q_ptr.dtype.element_ty, R, P, BH, BK
     )
     tiles, stand_in = _which(kept_row, num_slots, num, KB, BK)
     _load_queries(q_ptr + row * (H * (R + P)), head, q_smem, q_rot_smem, R, P, BH)
-    gl.warp_specialize(
+    acc, total, m = gl.warp_specialize(
         [
             (
                 _consume_parts,
                 (kept_row, num_slots, tiles, num, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
-                 acc_ptr + part * (H * R), m_ptr + part * H, total_ptr + part * H, head,
-                 R, H, PART, COUNT, BH, BK, s_layout, o_layout),
+                 acc_row, m_row, total_row, R, H, PART, COUNT, BH, BK, WHOLE, s_layout, o_layout),
             ),
             (
                 _producer,
-                (pool_ptr, stride, kept_row, num_slots, stand_in, tiles, num, table_row, k_smem, k_rot_smem, full, empty,
-                 R, P, BK, PAGE),
+                (pool_ptr, 8, kept_row, num_slots, stand_in, tiles, num, table_row, stride_block, stride_token,
+                 k_smem, k_rot_smem, full, empty, R, P, BK, PAGE),
             ),
         ],
         [PRODUCER_WARPS],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
+    if WHOLE:
+        _finish(
+            acc, total, m, o_ptr + (row * H + head) * R, lse_ptr + row * H + head, R, BH, s_layout, o_layout
+        )

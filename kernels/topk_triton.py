@@ -32,7 +32,6 @@ class Shape:
         power = triton.next_power_of_2(num_kept)
         return min(max((2 if width <= 32 * power else 4) * power, self.sample), MOST)
 
-
     def workspace(self, num_kept: int, width: int) -> int:
         """int32 numbers that a row needs beside its keys: places of the few, a bit for every key."""
         return self.few(num_kept, width) + 32 * triton.cdiv(width + 32, 1024)
