@@ -195,7 +195,7 @@ def _consume_parts(
             k_rot_smem, prob_smem, full, empty, R, BH, BK, s_layout, o_layout,
         )  # fmt: skip
         total = gl.sum(total_tile, 1)
-        if WHOLE:
+        if WHOLE and COUNT > 1:
             if part > 0:  # as _combine_kernel does it, bit for bit
                 new_m = gl.maximum(before_m, m)
                 old = gl.exp2(before_m - new_m)
@@ -208,7 +208,7 @@ def _consume_parts(
                 acc = gl.fma(before, gl.zeros_like(acc) + old[:, None], acc * new[:, None])
             if part < COUNT - 1:
                 gl.store(_sums(acc_row, 0, H, R, BH, o_layout), acc)
-        else:
+        if not WHOLE:
             heads = part * H + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
             gl.store(m_row + heads, m)
             gl.store(total_row + heads, total)

@@ -19,6 +19,7 @@ from posttrain.kernels import (
     index_topk_triton,
     indexer_kl_triton,
     invariant_triton,
+    paged_mla_triton,
     sparse_mla_backward_triton,
     sparse_mla_triton,
     warmup_kl_triton,
@@ -110,6 +111,11 @@ def _decode(heads: int, new: int, sequences: int) -> None:
     dsa.decode(q, q_index, w, _pages(sequences), num_kept=KEPT, scale=0.1, value_size=LATENT)
 
 
+def _decode_in_one_part() -> None:
+    q, kept = _bf16(QUERIES, 1, 64, LATENT + ROTARY), torch.zeros(QUERIES, 1, KEPT, dtype=torch.int32)
+    paged_mla_triton.attend(q, _pages(QUERIES), kept, 0.1, LATENT, part=KEPT)
+
+
 def _in_fp32() -> None:
     """A small model in fp32: every product in three TF32 products."""
     q, kv = torch.zeros(QUERIES, 4, 64), torch.zeros(SLOTS, 64)
@@ -162,6 +168,7 @@ LAUNCHES: dict[str, Launch] = {
         )
         for h, new, n in ((128, 1, 16), (64, 2, 16), (16, 1, 16), (128, 1, 64), (64, 1, 64))
     },
+    "decoding in one part": Launch(call=_decode_in_one_part),
     "index scores and top-k": Launch(call=_topk),
     "e4m3 scores and top-k": Launch(call=_quantized_topk),
     "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),
