@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ONE_BLOCK = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class Pages:
@@ -59,6 +61,11 @@ class Pages:
     def block_size(self) -> int:
         """Tokens of a block."""
         return self.entries_PSE.shape[1]
+
+    @property
+    def page(self) -> int:
+        """Tokens of a block as the kernels are compiled for: of one block alone any number does, and one is enough."""
+        return self.block_size if self.table_BM.shape[1] > 1 else ONE_BLOCK
 
     @property
     def room(self) -> int:

@@ -19,6 +19,7 @@ from posttrain.kernels import (
     index_topk_triton,
     indexer_kl_triton,
     invariant_triton,
+    paged_mla_triton,
     sparse_mla_backward_triton,
     sparse_mla_triton,
     warmup_kl_triton,
@@ -97,17 +98,22 @@ def _quantized_topk() -> None:
     index_topk_triton.topk(q, k, w, key_ranges(begin, begin + SLOTS, "cpu"), KEPT, k_scale_S=scale)
 
 
-def _pages() -> Pages:
-    pool = _bf16(QUERIES * 64, 64, LATENT + ROTARY + INDEX_SIZE)
-    table = torch.zeros(QUERIES, 64, dtype=torch.int32)
+def _pages(sequences: int) -> Pages:
+    pool = _bf16(64, 64, LATENT + ROTARY + INDEX_SIZE)
+    table = torch.zeros(sequences, 64, dtype=torch.int32)
     entries, keys = pool.split([LATENT + ROTARY, INDEX_SIZE], -1)
     return Pages(entries, keys, table, table[:, 0].contiguous(), SLOTS)
 
 
-def _decode(heads: int, new: int) -> None:
-    q = _bf16(QUERIES, new, heads, LATENT + ROTARY)
-    q_index, w = _bf16(QUERIES, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(QUERIES, new, INDEX_HEADS)
-    dsa.decode(q, q_index, w, _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
+def _decode(heads: int, new: int, sequences: int) -> None:
+    q = _bf16(sequences, new, heads, LATENT + ROTARY)
+    q_index, w = _bf16(sequences, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(sequences, new, INDEX_HEADS)
+    dsa.decode(q, q_index, w, _pages(sequences), num_kept=KEPT, scale=0.1, value_size=LATENT)
+
+
+def _decode_in_one_part() -> None:
+    q, kept = _bf16(QUERIES, 1, 64, LATENT + ROTARY), torch.zeros(QUERIES, 1, KEPT, dtype=torch.int32)
+    paged_mla_triton.attend(q, _pages(QUERIES), kept, 0.1, LATENT, part=KEPT)
 
 
 def _in_fp32() -> None:
@@ -155,9 +161,14 @@ LAUNCHES: dict[str, Launch] = {
         call=lambda: _sparse_backward(128, deterministic=True, with_target=False)
     ),
     **{
-        f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new), spill=32)
-        for h, new in ((128, 1), (64, 2), (16, 1))
+        f"decoding, {h} heads, {new} new, {n} sequences": Launch(
+            # 64 sequences of 128 heads: where parts are put together, outside the loop over tiles
+            call=lambda h=h, new=new, n=n: _decode(h, new, n),
+            spill=112 if (h, n) == (128, 64) else 16,
+        )
+        for h, new, n in ((128, 1, 16), (64, 2, 16), (16, 1, 16), (128, 1, 64), (64, 1, 64))
     },
+    "decoding in one part": Launch(call=_decode_in_one_part),
     "index scores and top-k": Launch(call=_topk),
     "e4m3 scores and top-k": Launch(call=_quantized_topk),
     "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),

@@ -12,7 +12,7 @@ from posttrain.kernels.index_topk_triton import Chunk, Ranges, Shape, key_ranges
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")
-SMALL = topk_triton.Shape(sample=32, warps=1, many=1)
+SMALL = topk_triton.Shape(sample=32, warps=1)
 LENGTHS = [23, 1, 40]
 
 

@@ -95,12 +95,15 @@ def test_a_step_errs_no_more_than_bf16_in_torch(heads: int) -> None:
     assert (ours_error.mean((1, 2, 3)) <= 2 * plain_error.mean((1, 2, 3)) + 1e-6).all()
 
 
-def test_a_rows_bits_do_not_depend_on_its_batch() -> None:
-    q, q_index, w = _queries(len(LENGTHS), 1, 128)
-    out, kept = _decode(_pages(LENGTHS), q, q_index, w)
-    for b in (4, 5):
+@pytest.mark.parametrize("heads", [64, 128])
+def test_a_rows_bits_do_not_depend_on_its_batch(heads: int) -> None:
+    """64 sequences: programs that take several parts one after another; one: each part by itself."""
+    many = LENGTHS * 8
+    q, q_index, w = _queries(len(many), 1, heads)
+    out, kept = _decode(_pages(many), q, q_index, w)
+    for b in (4, 5, 11, 62):
         mine = slice(b, b + 1)
-        alone, kept_alone = _decode(_pages([LENGTHS[b]]), q[mine], q_index[mine], w[mine])
+        alone, kept_alone = _decode(_pages([many[b]]), q[mine], q_index[mine], w[mine])
         assert torch.equal(kept_alone, kept[mine]) and torch.equal(alone, out[mine])
 
 
