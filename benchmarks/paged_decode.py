@@ -12,6 +12,7 @@ import torch
 from posttrain.kernels.backend import TORCH
 from posttrain.model.arch import DeepseekV32Config, DeepseekV32ForCausalLM
 from posttrain.model.context import Part
+from posttrain.model.entry import Entry
 from posttrain.model.paged import NewTokens, PagedCache, PagedContext, paged
 
 BLOCK = 16
@@ -48,7 +49,7 @@ def main() -> None:
     tokens = torch.randint(0, 256, (args.requests,))
 
     def together() -> PagedContext:
-        cache = PagedCache(pools_PSX=pools, entry_size=40)
+        cache = PagedCache(pools_PSX=pools, entry=Entry.of(model.config))
         return paged(new, cache, attention="sparse", backend=TORCH, max_length=blocks * BLOCK)
 
     def apart() -> PagedContext:

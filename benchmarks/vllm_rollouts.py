@@ -6,7 +6,8 @@
 
 Each side runs in a process of its own, with CUDA graphs and without the prefix cache. Speed: greedy; the first pass of
 each size is thrown away. --gaps: tokens are sampled and their log-probs, as decoding gave them, compared with those of the
-learner, which is our model in bf16 in one packed pass. --deterministic: one more side, where products and kernels do not see the
+learner, which is our model in bf16 in one packed pass. Index scores are in e4m3 on both sides, as vLLM's own always are;
+--index-dtype model: ours in bf16. --deterministic: one more side, where products and kernels do not see the
 batch, with its speed; one prompt is then generated 1, 8, 64 and 65 times, on this side and on ours without it. Sizes: the
 attention of DeepSeek-V3.2 (64 heads, 512 + 64, index 128, top-k 2048) with few, narrow layers.
 """
@@ -47,6 +48,9 @@ def main() -> None:
     parser.add_argument(
         "--init-range", type=float, default=0.05, help="of the weights; larger has more opinions"
     )
+    parser.add_argument(
+        "--index-dtype", choices=("e4m3", "model"), default="e4m3", help="what our index scores are made from"
+    )
     parser.add_argument("--timeout", type=int, default=1200, help="seconds of one side")
     parser.add_argument("--side", help="what one process runs")
     parser.add_argument("--folder", type=Path)
@@ -59,7 +63,7 @@ def main() -> None:
     results: dict[str, Any] = {"argv": sys.argv[1:]}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _write(folder / "model", args.init_range)
+        _write(folder / "model", args.init_range, args.index_dtype)
         for side in [*sides, *(["learner"] if args.gaps else [])]:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", str(folder)]
             command += ["--out", str(folder / f"{side}.json")]
@@ -90,15 +94,15 @@ def _print(results: dict[str, Any], sides: list[str]) -> None:
             print(side, row)
 
 
-def _write(folder: Path, init_range: float) -> None:
+def _write(folder: Path, init_range: float, index_dtype: str) -> None:
     import torch
 
     from posttrain.model import checkpoint
     from posttrain.model.arch import DeepseekV32Config, DeepseekV32ForCausalLM
 
     torch.manual_seed(0)
-    model = DeepseekV32ForCausalLM(DeepseekV32Config(**SHAPE, initializer_range=init_range)).bfloat16()
-    checkpoint.save(model, folder)
+    config = DeepseekV32Config(**SHAPE, initializer_range=init_range, index_dtype=index_dtype)
+    checkpoint.save(DeepseekV32ForCausalLM(config).bfloat16(), folder)
 
 
 def _side(args: argparse.Namespace) -> dict[str, Any]:

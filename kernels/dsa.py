@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels import (
+    fp8_triton,
     index_topk_triton,
     indexer_kl_triton,
     paged_index_topk_triton,
@@ -37,6 +38,8 @@ class Index:
     """In q's dtype; one row per slot."""
     w_TJ: Tensor
     """fp32, with every factor: J^-1/2 and I^-1/2."""
+    k_scale_S: Tensor | None = None
+    """fp32; then k is e4m3, and q becomes so to be scored: for selection only."""
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and w, contiguous."""
@@ -60,7 +63,15 @@ def select(index: Index, ranges: Ranges, num_kept: int) -> Tensor:
     Order: score descending, slot ascending. Raises ValueError for what does not fit.
     """
     q_TJI, k_SI, w_TJ = index.parts()
-    return index_topk_triton.topk(q_TJI, k_SI, w_TJ, ranges, num_kept)
+    scale_S = index.k_scale_S
+    if scale_S is not None:
+        (q_TJI, w_TJ), scale_S = _quantized(q_TJI, w_TJ), scale_S.contiguous()
+    return index_topk_triton.topk(q_TJI, k_SI, w_TJ, ranges, num_kept, k_scale_S=scale_S)
+
+
+def _quantized(q_TJI: Tensor, w_TJ: Tensor) -> tuple[Tensor, Tensor]:
+    """q as e4m3 and w with its scales."""
+    return fp8_triton.quantize_e4m3(q_TJI.contiguous(), weight=w_TJ.contiguous())
 
 
 @torch.no_grad()
@@ -78,6 +89,8 @@ def decode(
 
     q and the indexer's q and w are as in select() and attend(). Raises ValueError for what does not fit.
     """
+    if pages.scale_PS is not None:
+        q_index_BQJI, w_BQJ = _quantized(q_index_BQJI, w_BQJ)
     kept_BQK = paged_index_topk_triton.topk(q_index_BQJI, w_BQJ, pages, num_kept)
     o_BQHR, _ = paged_mla_triton.attend(q_BQHE, pages, kept_BQK, scale, value_size)
     return o_BQHR, kept_BQK

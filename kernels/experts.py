@@ -59,8 +59,9 @@ class _Experts(torch.autograd.Function):
             torch.sum(h * dh, -1, out=dweight_S[rows])
             torch.mm(h.mul_(weight).t(), dout, out=ddown_XFD[expert])
             dh.mul_(weight)
-            dgate = torch.ops.aten.silu_backward(dh * up, gate)
-            dgate_up = torch.cat((dgate, dh.mul_(silu)), -1)
+            dgate_up = gate_up_SF[rows]
+            torch.ops.aten.silu_backward.grad_input(dh * up, gate, grad_input=gate)
+            torch.mul(dh, silu, out=up)
             torch.mm(x.t(), dgate_up, out=dgate_up_XDF[expert])
             torch.mm(dgate_up, gate_up_XDF[expert].t(), out=dx_SD[rows])
         dweights_TE = dweight_S.index_select(0, back_S).view(ctx.shape)

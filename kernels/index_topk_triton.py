@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import topk_triton
-from posttrain.kernels.lanes import Lanes
+from posttrain.kernels.lanes import Lanes, send
 from posttrain.kernels.product_triton import block, dot, interpreted
 
 CHUNK_BYTES = 24 << 20
@@ -38,11 +38,11 @@ class Shape:
     """Launch shape of the score kernel."""
 
     keys: int = 128
-    queries: int = 32
+    queries: int = 64
     """Queries of one program."""
-    columns: int = 64
+    columns: int = 128
     """(query, head) pairs of one product; more than one query where it exceeds the number of heads."""
-    warps: int = 4
+    warps: int = 8
     stages: int = 2
     lanes: int = 2
     """Chunks under way: the selection of one runs beside the scores of the next."""
@@ -53,6 +53,8 @@ class Shape:
 
 
 SHAPE = Shape()
+E4M3_SHAPE = Shape(queries=32, columns=64, warps=4)
+"""Other shapes lose up to a fifth. A score's bits are the same in all of them: a head's place in the sum is."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def key_ranges(begin_N: Tensor, end_N: Tensor, device: torch.device | str) -> Ra
     num_keys = int(end_N.max()) if len(end_N) else 0
     chunks = _chunks(begin_N, end_N, CHUNK_BYTES, step=1)
     wide_chunks = _chunks(begin_N, end_N, WIDE_CHUNK_BYTES, step=WIDE_CHUNK_STEP)
-    return Ranges(begin_N.to(device), end_N.to(device), chunks, wide_chunks, num_keys)
+    return Ranges(send(begin_N, device), send(end_N, device), chunks, wide_chunks, num_keys)
 
 
 def packed(lengths: Sequence[int], device: torch.device | str) -> Ranges:
@@ -190,7 +192,7 @@ def topk(
     num_kept: int,
     *,
     k_scale_S: Tensor | None = None,
-    shape: Shape = SHAPE,
+    shape: Shape | None = None,
     select: topk_triton.Shape = topk_triton.SHAPE,
 ) -> Tensor:
     """The num_kept best keys of its range for every query: int32 [N, K], ascending, -1 beyond.
@@ -199,6 +201,7 @@ def topk(
     the scales of quantised keys, one per key (I <= 128), are k_scale, fp32.
     """
     N = len(q_NJI)
+    shape = shape or (SHAPE if k_scale_S is None else E4M3_SHAPE)
     _check(q_NJI, k_SI, w_NJ, ranges, k_scale_S)
     out_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_NJI.device)
     keys = max((c.rows * c.width for c in ranges.chunks), default=0)

@@ -1,13 +1,20 @@
 """Chunks of work on two CUDA streams in turn, so that one chunk's small or late kernels run beside the next one's.
 
 A lane does its chunks one after another; nothing else is ordered between the lanes. On the CPU there is one order of
-things. Next: index_topk_triton.py.
+things. And what is sent to a GPU without waiting for it. Next: index_topk_triton.py.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy of host memory on a device, in the order of its current stream; the host does not wait for that."""
+    device = torch.device(device)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class Lanes:

@@ -2,7 +2,7 @@
 
 The kept entries of a row are cut into parts of a fixed size, so that one sequence can keep a whole GPU busy; a
 second kernel puts the parts together in ascending order. On Hopper the parts are the Gluon kernel's of
-sparse_mla_gluon.py, for which positions become rows of the pool first. The size is an argument, never a matter of the batch:
+sparse_mla_gluon.py, of which one program takes several where the batch fills the GPU. The size is an argument, never a matter of the batch:
 a row's bits do not depend on what is decoded beside it. Nothing is read on the host, so a step can be captured
 in a CUDA graph. Entries that are not kept, unused blocks and unused table entries are never read. Definition:
 reference.paged with reference.sparse_mla. Next: sparse_mla_triton.py, ../model/decode.py.
@@ -25,8 +25,10 @@ from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, fits_gluon
 PART = 512
 """Kept entries of a part."""
 FEW_HEADS = Tiles(heads=32)
-SLOTS = 1024
-"""Kept positions that one program turns into slots."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200, each of which has room for one program of the Gluon kernel."""
+START = 3
+"""Tiles that fit the time in which such a program starts and ends."""
 
 
 @triton.jit
@@ -40,10 +42,10 @@ def _last_kept(kept_ptr, first, num_slots, K: tl.constexpr, PART: tl.constexpr):
 @triton.jit
 def _part_kernel(
     q_ptr, pool_ptr, table_ptr, kept_ptr, acc_ptr, m_ptr, total_ptr, scale,
-    num_slots, block_size, stride_table, stride_block, stride_token,
+    num_slots, stride_table, stride_block, stride_token,
     Q: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     BH: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    PART: tl.constexpr, PARTS: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One new token, BH heads, PART kept entries: online softmax, left unnormalised."""
     E: tl.constexpr = R + P
@@ -62,10 +64,8 @@ def _part_kernel(
         at = part * PART + start + tl.arange(0, BK)
         position = tl.load(kept_ptr + row * K + at, mask=at < K, other=-1)
         valid = (position >= 0) & (position < num_slots)
-        offset = page(
-            table_ptr, row // Q, position, valid, block_size, stride_table, stride_block, stride_token
-        )
-        entry = pool_ptr + offset[:, None]
+        block, place = page(table_ptr, row // Q, position, valid, stride_table, PAGE)
+        entry = pool_ptr + (block * stride_block + place * stride_token)[:, None]
         k = tl.load(entry + r[None, :], mask=valid[:, None] & in_r[None, :], other=0.0)
         k_rot = tl.load(entry + R + p[None, :], mask=valid[:, None] & in_p[None, :], other=0.0)
         logits = dot(q, tl.trans(k), INTERPRET) + dot(q_rot, tl.trans(k_rot), INTERPRET)
@@ -83,21 +83,6 @@ def _part_kernel(
 
 
 @triton.jit
-def _slots_kernel(
-    table_ptr, kept_ptr, slots_ptr, num_slots, block_size, stride_table,
-    Q: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows of the pool of a new token's kept positions, -1 where there is none."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    position = tl.load(kept_ptr + row * K + at, mask=at < K, other=-1)
-    valid = (position >= 0) & (position < num_slots)
-    which = tl.load(table_ptr + row // Q * stride_table + position // block_size, mask=valid, other=0)
-    slot = tl.where(valid, which * block_size + position % block_size, -1)
-    tl.store(slots_ptr + row * PLACES + at, slot, mask=at < PLACES)
-
-
-@triton.jit
 def _combine_kernel(
     acc_ptr, m_ptr, total_ptr, o_ptr, lse_ptr,
     H: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr,
@@ -105,19 +90,21 @@ def _combine_kernel(
     """One head of one new token: its parts, in order."""
     row, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     r = tl.arange(0, BR)
-    m = tl.full([], -1e30, tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros([BR], tl.float32)
-    for part in range(PARTS):
-        at = (row * PARTS + part) * H + h
-        part_m = tl.load(m_ptr + at)
+    at = row * PARTS * H + h
+    m, total = tl.load(m_ptr + at), tl.load(total_ptr + at)
+    acc = tl.load(acc_ptr + at * R + r, mask=r < R, other=0.0)
+    for _ in range(1, PARTS):
+        at += H
+        part_m, part_total = tl.load(m_ptr + at), tl.load(total_ptr + at)
+        part_acc = tl.load(acc_ptr + at * R + r, mask=r < R, other=0.0)
         new_m = tl.maximum(m, part_m)
         old, new = tl.exp2(m - new_m), tl.exp2(part_m - new_m)
-        total = total * old + tl.load(total_ptr + at) * new
-        acc = acc * old + tl.load(acc_ptr + at * R + r, mask=r < R, other=0.0) * new
+        # The rounding is written down: the Gluon kernel may do the same instead.
+        total = tl.fma(total, old, part_total * new)
+        acc = tl.fma(acc, tl.zeros_like(acc) + old, part_acc * new)
         m = new_m
     safe = tl.where(total > 0, total, 1.0)
-    out = tl.where(total > 0, acc / safe, 0.0)
+    out = acc * tl.where(total > 0, 1.0 / safe, 0.0)
     tl.store(o_ptr + (row * H + h) * R + r, out.to(o_ptr.dtype.element_ty), mask=r < R)
     tl.store(lse_ptr + row * H + h, tl.where(total > 0, (m + tl.log2(safe)) / LOG2E, float("-inf")))
 
@@ -162,13 +149,15 @@ def attend(
     q_BQHE, kept_BQK = q_BQHE.contiguous(), kept_BQK.contiguous()
     out = (acc_NCHR, m_NCH, total_NCH)
     if by_gluon:
-        _parts_by_gluon(q_BQHE, pages, kept_BQK, scale, part, out)
+        if _parts_by_gluon(q_BQHE, pages, kept_BQK, scale, part, out, (o_BQHR, lse_BQH)):
+            return o_BQHR, lse_BQH
     else:
         _part_kernel[(N, parts, triton.cdiv(H, BH))](
             q_BQHE, pool_PSE, table_BM, kept_BQK, *out, scale,
-            pages.room, pages.block_size, table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
+            pages.room, table_BM.stride(0), pool_PSE.stride(0), pool_PSE.stride(1),
             Q=Q, H=H, R=R, P=E - R, K=K, BH=BH, BR=block(R), BP=block(E - R), BK=tiles.keys,
-            PART=part, PARTS=parts, INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
+            PART=part, PARTS=parts, PAGE=pages.page, INTERPRET=interpreted(),
+            STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
     _combine_kernel[(N, H)](
         acc_NCHR, m_NCH, total_NCH, o_BQHR, lse_BQH, H=H, R=R, BR=block(R), PARTS=parts, num_warps=2
@@ -177,28 +166,41 @@ def attend(
 
 
 def _parts_by_gluon(
-    q_BQHE: Tensor, pages: Pages, kept_BQK: Tensor, scale: float, part: int, out: tuple[Tensor, ...]
-) -> None:
-    """The same parts; positions become rows of the pool first."""
+    q_BQHE: Tensor, pages: Pages, kept_BQK: Tensor, scale: float, part: int, parts_out: tuple[Tensor, ...],
+    out: tuple[Tensor, ...],
+) -> bool:  # fmt: skip
+    """The same parts; True if their programs have put them together as well."""
     (_, Q, H, E), K = q_BQHE.shape, kept_BQK.shape[-1]
-    N, parts, _, R = out[0].shape
+    N, parts, _, R = parts_out[0].shape
     pool_PSE, table_BM = pages.entries_PSE, pages.table_BM
-    slots_NK = kept_BQK.new_empty(N, parts * part)
-    _slots_kernel[(N, triton.cdiv(parts * part, SLOTS))](
-        table_BM, kept_BQK, slots_NK, pages.room, pages.block_size, table_BM.stride(0),
-        Q=Q, K=K, PLACES=parts * part, BLOCK=SLOTS,
-    )  # fmt: skip
     gluon = sparse_mla_gluon
-    gluon.part_kernel[(N, parts, H // gluon.TILE)](
-        q_BQHE, pool_PSE, slots_NK, *out, scale, len(pool_PSE) * pages.block_size, pool_PSE.stride(1),
-        H=H, R=R, P=E - R, PART=part, PARTS=parts, KB=max(part, 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
+    count = _parts_together(N * (H // gluon.TILE), parts, part)
+    gluon.part_kernel[(N, parts // count, H // gluon.TILE)](
+        q_BQHE, pool_PSE, table_BM, kept_BQK, *parts_out, *out, scale, pages.room, table_BM.stride(0),
+        pool_PSE.stride(0) // 8, pool_PSE.stride(1) // 8,
+        Q=Q, H=H, R=R, P=E - R, K=K, PART=part, PARTS=parts, COUNT=count, PAGE=pages.page,
+        KB=max(triton.next_power_of_2(count * part), 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
         num_warps=gluon.WARPS,
     )  # fmt: skip
+    return count == parts
+
+
+def _parts_together(rows: int, parts: int, part: int) -> int:
+    """Parts that a program takes one after another, for so many rows of heads: a matter of time, not of results.
+
+    Few long programs lose less in starting, if there are enough of them.
+    """
+
+    def cost(count: int) -> int:
+        rounds = triton.cdiv(rows * (parts // count), MULTIPROCESSORS)
+        return rounds * (count * part // sparse_mla_gluon.TILE + START)
+
+    return min((n for n in range(1, parts + 1) if parts % n == 0), key=cost)
 
 
 def _fits_gluon(q_BQHE: Tensor, pages: Pages, value_size: int) -> bool:
-    """Whether the pool is a table of rows that the Gluon kernel can copy 16 bytes at a time."""
+    """Whether the Gluon kernel can copy entries 16 bytes at a time, and count the copies that the pool is made of."""
     pool_PSE = pages.entries_PSE
-    is_table = pool_PSE.stride(0) == pages.block_size * pool_PSE.stride(1)
-    aligned = pool_PSE.stride(1) % 8 == 0 and pool_PSE.data_ptr() % 16 == 0
-    return is_table and aligned and fits_gluon(q_BQHE.flatten(0, 1), value_size, q_BQHE.shape[3] - value_size)
+    by_8 = pool_PSE.stride(0) % 8 == 0 and pool_PSE.stride(1) % 8 == 0 and pool_PSE.data_ptr() % 16 == 0
+    counted = len(pool_PSE) * pool_PSE.stride(0) // 8 < 2**31
+    return by_8 and counted and fits_gluon(q_BQHE.flatten(0, 1), value_size, q_BQHE.shape[3] - value_size)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ONE_BLOCK = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class Pages:
@@ -29,12 +31,21 @@ class Pages:
     """int32, on the device: tokens of each sequence, its new ones included; 0 is an empty row."""
     max_length: int
     """No length is greater. It decides the grid, so one captured CUDA graph serves all lengths up to it."""
+    scale_PS: Tensor | None = None
+    """fp32 scales of index keys in e4m3, one per token, with strides of their own; others have none."""
 
     def __post_init__(self) -> None:
         pools = (self.entries_PSE, self.index_PSI)
         if any(pool.stride(2) != 1 for pool in pools) or pools[0].shape[:2] != pools[1].shape[:2]:
             raise ValueError(
                 f"pools {tuple(pools[0].shape)} and {tuple(pools[1].shape)}: the same blocks, last stride 1"
+            )
+        scale = self.scale_PS
+        fits = scale is None or (scale.dtype == torch.float32 and scale.shape == pools[1].shape[:2])
+        if (pools[1].dtype == torch.float8_e4m3fn) != (scale is not None) or not fits:
+            raise ValueError(
+                f"index keys {tuple(pools[1].shape)} {pools[1].dtype} with scales "
+                f"{None if scale is None else (*scale.shape, scale.dtype)}: e4m3 has one in fp32 per token, others none"
             )
         table, lengths = self.table_BM, self.lengths_B
         if table.dtype != torch.int32 or lengths.dtype != torch.int32 or table.stride(1) != 1:
@@ -50,6 +61,11 @@ class Pages:
     def block_size(self) -> int:
         """Tokens of a block."""
         return self.entries_PSE.shape[1]
+
+    @property
+    def page(self) -> int:
+        """Tokens of a block as the kernels are compiled for: of one block alone any number does, and one is enough."""
+        return self.block_size if self.table_BM.shape[1] > 1 else ONE_BLOCK
 
     @property
     def room(self) -> int:

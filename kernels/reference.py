@@ -47,6 +47,16 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
+@torch.no_grad()
+def round_e4m3(x: Tensor) -> Tensor:
+    """x [..., I] as the numbers that its e4m3 and scales stand for, in fp32: what index scores see of q and k in e4m3.
+
+    It has no gradient: the scores select, and nothing is learned through a selection.
+    """
+    values, scale = quantize_e4m3(x)
+    return values.float() * scale[..., None]
+
+
 def select_topk(scores_BQL: Tensor, mask_BQL: Tensor, k: int) -> Tensor:
     """Indices of the k best allowed keys, ordered (score descending, index ascending), returned ascending.
 

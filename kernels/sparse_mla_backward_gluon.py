@@ -15,11 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from posttrain.kernels.merge_triton import NONE
 from posttrain.kernels.sparse_mla_gluon import barrier, row_layout, row_slots
 
 KEYS = 64
 COLUMNS = 128
 WARPS = 4
+MERGED_HEADS = 64
+"""Up to so many the tiles of two queries fit shared memory."""
+MERGED_WARPS = 8
 
 
 @gluon.jit
@@ -36,7 +40,7 @@ def _copy(work_row, start, smem, W: gl.constexpr, H: gl.constexpr, K: gl.constex
 @gluon.jit
 def _add(
     dkv_ptr, grad, slots_row, first, start, num_slots, c,
-    E: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr,
+    E: gl.constexpr, K, BK: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Add the gradients of a tile to their entries, or write them to their rows of the chunk's table."""
     # Whole pieces of rows: memory takes the products' own layout, 32 bytes here and there, half as fast.
@@ -112,3 +116,104 @@ def dkv_kernel(
         _add(dkv_ptr, grad, slots_row, local * K, (tile + 1) * BK, num_slots, c, E, K, BK, ROWS, wide)
     async_copy.wait_group(0)
     warpgroup_mma_wait(0, deps=[even])
+
+
+@gluon.jit
+def _copy_pair(
+    work_pair, places, work_smem, buffer: gl.constexpr, W: gl.constexpr, H: gl.constexpr, K: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Start the copy of W columns of dS | P of BK entries, of either query; zeros where a query does not keep one."""
+    w = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
+    for which in gl.static_range(2):
+        place = (places >> (16 * which)) & 0xFFFF
+        at = work_pair + (which * K + place)[:, None] * (2 * H) + w[None, :]
+        there = (place != NONE)[:, None] & (w >= 0)[None, :]
+        async_copy.async_copy_global_to_shared(work_smem.index(2 * buffer + which), at, mask=there)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _multiply(work_smem, buffer: gl.constexpr, q_do_smem, zero):
+    """Gradients of a tile's entries, of both queries."""
+    grad = warpgroup_mma(work_smem.index(2 * buffer), q_do_smem.index(0), zero, use_acc=False, is_async=True)
+    return warpgroup_mma(work_smem.index(2 * buffer + 1), q_do_smem.index(1), grad, is_async=True)
+
+
+@gluon.jit
+def dkv_merged_kernel(
+    q_ptr, slots_ptr, places_ptr, num_ptr, kept_ptr, do_ptr, work_ptr, dkv_ptr, num_slots, first_row,
+    H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr,
+    BC: gl.constexpr, BK: gl.constexpr, VALUE: gl.constexpr,
+):  # fmt: skip
+    """dkv_kernel for two queries at once: an entry that both keep is added to once."""
+    E: gl.constexpr = R + P
+    W: gl.constexpr = 2 * H if VALUE else H
+    U: gl.constexpr = 2 * K
+    BLOCKS: gl.constexpr = (R if VALUE else P) // BC
+    WARPS: gl.constexpr = gl.num_warps()
+    out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BC // (WARPS // 4), 16])
+    wide: gl.constexpr = row_layout(BC, 4, WARPS)
+    smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    pair = (gl.program_id(0) // BLOCKS).to(gl.int64)
+    column = (0 if VALUE else R) + gl.program_id(0) % BLOCKS * BC
+    slots_row = slots_ptr + pair * U
+    places_row = places_ptr + pair * U
+    work_pair = work_ptr + 2 * pair * (K * 2 * H)
+    num = gl.load(num_ptr + pair)
+
+    head_rows: gl.constexpr = row_layout(BC, 8, WARPS)
+    h = gl.arange(0, H, layout=gl.SliceLayout(1, head_rows))
+    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, head_rows))
+    q_do_smem = gl.allocate_shared_memory(dtype, [2, W, BC], smem)
+    for which in gl.static_range(2):
+        # of a query that keeps nothing nothing is read: what it holds may be anything
+        mask = ((h >= 0)[:, None] & (c >= 0)[None, :]) & (gl.load(kept_ptr + 2 * pair + which) > 0)
+        head = (first_row + 2 * pair + which) * H + h
+        q_at = q_ptr + head[:, None] * E + c[None, :]
+        async_copy.async_copy_global_to_shared(q_do_smem.index(which).slice(0, H, 0), q_at, mask=mask)
+        if VALUE:
+            do_at = do_ptr + head[:, None] * R + c[None, :]
+            async_copy.async_copy_global_to_shared(q_do_smem.index(which).slice(H, H, 0), do_at, mask=mask)
+    work_rows: gl.constexpr = row_layout(W, 8, WARPS)
+    places: gl.constexpr = gl.SliceLayout(1, work_rows)
+    work_smem = gl.allocate_shared_memory(dtype, [4, BK, W], smem)  # of two tiles two queries each
+    even_places = _places(places_row, 0, num, BK, places)
+    odd_places = _places(places_row, BK, num, BK, places)
+    _copy_pair(work_pair, even_places, work_smem, 0, W, H, K, work_rows)
+    _copy_pair(work_pair, odd_places, work_smem, 1, W, H, K, work_rows)
+    even_places = _places(places_row, 2 * BK, num, BK, places)
+    odd_places = _places(places_row, 3 * BK, num, BK, places)
+
+    zero = gl.zeros([BK, BC], gl.float32, out)
+    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, wide))
+    async_copy.wait_group(1)
+    fence_async_shared()
+    even = _multiply(work_smem, 0, q_do_smem, zero)
+    for tile in range(0, gl.cdiv(num, BK), 2):  # as in dkv_kernel; places come a turn before they are needed
+        async_copy.wait_group(0)
+        grad = warpgroup_mma_wait(0, deps=[even])
+        barrier()
+        fence_async_shared()
+        _copy_pair(work_pair, even_places, work_smem, 0, W, H, K, work_rows)
+        even_places = _places(places_row, (tile + 4) * BK, num, BK, places)
+        odd = _multiply(work_smem, 1, q_do_smem, zero)
+        _add(dkv_ptr, grad, slots_row, 0, tile * BK, num_slots, c, E, num, BK, False, wide)
+        async_copy.wait_group(0)
+        grad = warpgroup_mma_wait(0, deps=[odd])
+        barrier()
+        fence_async_shared()
+        _copy_pair(work_pair, odd_places, work_smem, 1, W, H, K, work_rows)
+        odd_places = _places(places_row, (tile + 5) * BK, num, BK, places)
+        even = _multiply(work_smem, 0, q_do_smem, zero)
+        _add(dkv_ptr, grad, slots_row, 0, (tile + 1) * BK, num_slots, c, E, num, BK, False, wide)
+    async_copy.wait_group(0)
+    warpgroup_mma_wait(0, deps=[even])
+
+
+@gluon.jit
+def _places(places_row, start, num, BK: gl.constexpr, layout: gl.constexpr):
+    """Places of a tile's entries in the rows of both queries."""
+    at = start + gl.arange(0, BK, layout=layout)
+    return gl.load(places_row + at, mask=at < num, other=0x7FFF7FFF)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from posttrain.kernels import sparse_mla_backward_gluon as gluon
 from posttrain.kernels.lanes import Lanes
+from posttrain.kernels.merge_triton import merge
 from posttrain.kernels.product_triton import block, dot, interpreted
 from posttrain.kernels.sparse_mla_triton import LOG2E, check, fits_gluon, kept, last_kept
 
@@ -305,6 +306,14 @@ def _dq(this: _Pass, work_nK2H: Tensor, dq_NHE: Tensor, first: int) -> None:
 def _dkv(this: _Pass, work_nK2H: Tensor, target: Tensor, first: int, *, rows: bool) -> None:
     """Add to the entries' gradients fp32 [S, E], or write the rows [n K, E]."""
     t, shape = this.launch.dkv, this.shape
+    if (
+        not rows
+        and t is None
+        and shape["H"] <= gluon.MERGED_HEADS
+        and fits_gluon(this.q_NHE, shape["R"], shape["P"])
+    ):
+        _dkv_merged(this, work_nK2H, target, first)
+        return
     KB = triton.next_power_of_2(shape["K"])
     args = (this.q_NHE, this.slots_NK, this.do_NHR, work_nK2H, target, len(this.entries_SE), first)
     for value, size in ((True, shape["R"]), (False, shape["P"])):
@@ -320,6 +329,19 @@ def _dkv(this: _Pass, work_nK2H: Tensor, target: Tensor, first: int, *, rows: bo
         _dkv_kernel[(len(work_nK2H) * triton.cdiv(size, columns),)](
             *args, **shape, KB=KB, BH=block(shape["H"]), BC=columns, BK=tiles.keys, VALUE=value, ROWS=rows,
             INTERPRET=interpreted(), STAGES=tiles.stages, num_warps=tiles.warps,
+        )  # fmt: skip
+
+
+def _dkv_merged(this: _Pass, work_nK2H: Tensor, dkv_SE: Tensor, first: int) -> None:
+    """Add to the entries' gradients, once for two neighbouring queries."""
+    shape = this.shape
+    merged = merge(this.slots_NK[first : first + len(work_nK2H)], len(this.entries_SE))
+    for value, size in ((True, shape["R"]), (False, shape["P"])):
+        columns = min(gluon.COLUMNS, size)
+        gluon.dkv_merged_kernel[(len(merged.num_P) * (size // columns),)](
+            this.q_NHE, merged.slots_PU, merged.places_PU, merged.num_P, merged.kept_P2, this.do_NHR, work_nK2H,
+            dkv_SE, len(this.entries_SE), first, **shape, BC=columns, BK=gluon.KEYS, VALUE=value,
+            num_warps=gluon.MERGED_WARPS if value else gluon.WARPS,
         )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ TILE = 64
 """Heads and kept entries of a tile."""
 WARPS = 8
 PRODUCER_WARPS = gl.constexpr(4)
+PRODUCER_REGISTERS = gl.constexpr(56)
+"""Per thread; the warps that multiply share the rest, 224. Neither spills."""
 
 
 @gluon.constexpr_function
@@ -38,11 +40,23 @@ def row_layout(width, size, warps):
 
 
 @gluon.jit
-def row_slots(slots_row, start, num_slots, missing, K: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
-    """Slots of a tile in a layout, `missing` for those that are."""
+def row_slots(slots_row, start, num_slots, missing, K, BK: gl.constexpr, layout: gl.constexpr):
+    """Slots of a tile of a row of K in a layout, `missing` for those that are."""
     at = start + gl.arange(0, BK, layout=layout)
     slots = gl.load(slots_row + at, mask=at < K, other=-1)
     return gl.where((slots >= 0) & (slots < num_slots), slots, missing)
+
+
+@gluon.jit
+def _rows(
+    slots_row, start, num_slots, stand_in, K, table_row, stride_block, stride_token,
+    BK: gl.constexpr, PAGE: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Where a tile's entries are: the slots themselves, or with PAGE what the sequence's table of blocks makes of them."""
+    slots = row_slots(slots_row, start, num_slots, stand_in, K, BK, layout)
+    if PAGE > 0:
+        slots = gl.load(table_row + slots // PAGE) * stride_block + slots % PAGE * stride_token
+    return slots
 
 
 @gluon.jit
@@ -57,29 +71,85 @@ def _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.cons
 
 
 @gluon.jit
-def _producer(
-    kv_ptr, stride, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty,
-    R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, BK: gl.constexpr,
+def _fetch(
+    kv_ptr, unit, slots_row, start, num_slots, stand_in, K, table_row, stride_block, stride_token,
+    R: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Copy one tile after another into the buffers that are handed back."""
+    """Have a tile of entries brought to the L2 cache: two buffers are too few to hide how far memory is."""
+    LINES: gl.constexpr = R // 64
+    lines: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LINES, LINES], [gl.num_warps(), 1], [1, 0])
+    rows = _rows(
+        slots_row, start, num_slots, stand_in, K, table_row, stride_block, stride_token, BK, PAGE,
+        gl.SliceLayout(1, lines),
+    )  # fmt: skip
+    entry = kv_ptr + rows.to(gl.int64) * unit
+    line = 64 * gl.arange(0, LINES, layout=gl.SliceLayout(0, lines))
+    _fetch_lines(entry[:, None] + line[None, :])
+    _fetch_lines(entry + R)  # the rotary part
+
+
+@gluon.jit
+def _fetch_lines(at):
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _producer(
+    kv_ptr, unit, slots_row, num_slots, stand_in, tiles, K, table_row, stride_block, stride_token,
+    k_smem, k_rot_smem, full, empty,
+    R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Copy one tile after another into the buffers that are handed back. Places are counted in units of numbers."""
     wide: gl.constexpr = gl.SliceLayout(1, row_layout(R, 8, gl.num_warps()))
     narrow: gl.constexpr = gl.SliceLayout(1, row_layout(P, 8, gl.num_warps()))
     for tile in range(tiles):
         buffer = tile % 2
-        slots_wide = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, wide)
-        slots_narrow = row_slots(slots_row, tile * BK, num_slots, stand_in, K, BK, narrow)
+        rows_wide = _rows(
+            slots_row,
+            tile * BK,
+            num_slots,
+            stand_in,
+            K,
+            table_row,
+            stride_block,
+            stride_token,
+            BK,
+            PAGE,
+            wide,
+        )
+        rows_narrow = _rows(
+            slots_row,
+            tile * BK,
+            num_slots,
+            stand_in,
+            K,
+            table_row,
+            stride_block,
+            stride_token,
+            BK,
+            PAGE,
+            narrow,
+        )
         mbarrier.wait(empty.index(buffer), (tile // 2 + 1) % 2)
-        _copy(kv_ptr, stride, slots_wide, slots_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
+        _copy(kv_ptr, unit, rows_wide, rows_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
         async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
+        if PAGE > 0:
+            if tile + 2 < tiles:
+                _fetch(
+                    kv_ptr, unit, slots_row, (tile + 2) * BK, num_slots, stand_in, K, table_row, stride_block,
+                    stride_token, R, BK, PAGE,
+                )  # fmt: skip
 
 
 @gluon.jit
 def _consumer(
-    slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
-    R: gl.constexpr, K: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+    slots_row, num_slots, first, last, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+    R: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the tiles: sum of values, probabilities [BH, BK] still to be summed, maximum."""
+    """Online softmax over tiles first .. last - 1: sum of values, probabilities [BH, BK] still to be summed, maximum."""
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_smem.dtype
     m = gl.full([BH], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
@@ -87,7 +157,7 @@ def _consumer(
     acc = gl.zeros([BH, R], gl.float32, o_layout)
     zero = gl.zeros([BH, BK], gl.float32, s_layout)
     prob = zero
-    for tile in range(tiles):
+    for tile in range(first, last):
         # Logits of this tile, then values of this tile with the probabilities they give.
         buffer = tile % 2
         valid = row_slots(slots_row, tile * BK, num_slots, -1, K, BK, columns) >= 0
@@ -118,11 +188,10 @@ def _consumer(
 
 @gluon.jit
 def _finish(
-    acc, total, m, o_row, lse_row,
+    acc, sums, m, o_row, lse_row,
     R: gl.constexpr, BH: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Divide and store; o_row and lse_row are those of the first head."""
-    sums = gl.sum(total, 1)
     any_key = sums > 0
     safe = gl.where(any_key, sums, 1.0)
     lse = gl.where(any_key, (m + gl.log2(safe)) / LOG2E, float("-inf"))
@@ -136,16 +205,60 @@ def _finish(
 
 
 @gluon.jit
-def _attend(
-    q_row, kv_ptr, stride, slots_row, scale, num_slots, head,
-    R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
+def _consume_parts(
+    slots_row, num_slots, tiles, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+    acc_row, m_row, total_row,
+    R: gl.constexpr, H: gl.constexpr, PART: gl.constexpr, COUNT: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+    WHOLE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """BH heads of a query, from q_row + head E on, over a row of K kept entries: what _consumer returns."""
-    E: gl.constexpr = R + P
-    line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
+    """The softmax of COUNT parts, each by itself: written down, or with WHOLE put together.
+
+    What waits for the next part waits in memory, near the multiprocessor: registers hold one sum of values.
+    """
+    m = gl.full([BH], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([BH], gl.float32, gl.SliceLayout(1, s_layout))
+    acc = gl.zeros([BH, R], gl.float32, o_layout)
+    for part in range(COUNT):
+        first = part * (PART // BK)
+        before_m, before_total = m, total
+        acc, total_tile, m = _consumer(
+            slots_row, num_slots, first, gl.minimum(first + PART // BK, tiles), K, scale, q_smem, q_rot_smem, k_smem,
+            k_rot_smem, prob_smem, full, empty, R, BH, BK, s_layout, o_layout,
+        )  # fmt: skip
+        total = gl.sum(total_tile, 1)
+        if WHOLE and COUNT > 1:
+            if part > 0:  # as _combine_kernel does it, bit for bit
+                new_m = gl.maximum(before_m, m)
+                old = gl.exp2(before_m - new_m)
+                new = gl.exp2(m - new_m)
+                total = gl.fma(before_total, old, total * new)
+                m = new_m
+                old = gl.convert_layout(old, gl.SliceLayout(1, o_layout))
+                new = gl.convert_layout(new, gl.SliceLayout(1, o_layout))
+                before = gl.load(_sums(acc_row, 0, H, R, BH, o_layout))
+                acc = gl.fma(before, gl.zeros_like(acc) + old[:, None], acc * new[:, None])
+            if part < COUNT - 1:
+                gl.store(_sums(acc_row, 0, H, R, BH, o_layout), acc)
+        if not WHOLE:
+            heads = part * H + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
+            gl.store(m_row + heads, m)
+            gl.store(total_row + heads, total)
+            gl.store(_sums(acc_row, part, H, R, BH, o_layout), acc)
+    return acc, total, m
+
+
+@gluon.jit
+def _sums(acc_row, part, H: gl.constexpr, R: gl.constexpr, BH: gl.constexpr, layout: gl.constexpr):
+    """Where the sums of values of BH heads are."""
+    h = part * H + gl.arange(0, BH, layout=gl.SliceLayout(1, layout))
+    r = gl.arange(0, R, layout=gl.SliceLayout(0, layout))
+    return acc_row + h[:, None] * R + r[None, :]
+
+
+@gluon.jit
+def _buffers(dtype: gl.constexpr, R: gl.constexpr, P: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr):
+    """Shared memory: two parts of the queries, of two buffers of entries; probabilities; who is done with a buffer."""
     smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    dtype: gl.constexpr = q_row.dtype.element_ty
     q_smem = gl.allocate_shared_memory(dtype, [BH, R], smem)
     q_rot_smem = gl.allocate_shared_memory(dtype, [BH, P], smem)
     k_smem = gl.allocate_shared_memory(dtype, [2, BK, R], smem)
@@ -156,37 +269,29 @@ def _attend(
     for buffer in gl.static_range(2):
         mbarrier.init(full.index(buffer), count=32 * PRODUCER_WARPS)
         mbarrier.init(empty.index(buffer), count=1)
+    return q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty
 
-    # Which entries there are: the last valid place ends the loop, any valid slot stands in for missing ones.
-    places = gl.arange(0, KB, layout=line)
+
+@gluon.jit
+def _which(slots_row, num_slots, K, KB: gl.constexpr, BK: gl.constexpr):
+    """Tiles up to the last entry that there is, and the slot of any, which stands in for missing ones."""
+    line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
     every = row_slots(slots_row, 0, num_slots, -1, K, KB, line)
-    stand_in = gl.maximum(gl.max(every, 0), 0)
+    places = gl.arange(0, KB, layout=line)
     tiles = gl.cdiv(gl.max(gl.where(every >= 0, places + 1, 0), 0), BK)
+    return tiles, gl.maximum(gl.max(every, 0), 0)
 
-    # The queries of the heads are rows of a table with E columns, like entries.
+
+@gluon.jit
+def _load_queries(q_row, head, q_smem, q_rot_smem, R: gl.constexpr, P: gl.constexpr, BH: gl.constexpr):
+    """Queries of BH heads: rows of a table with R + P columns, like entries."""
     heads_wide = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(R, 8, gl.num_warps())))
     heads_narrow = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(P, 8, gl.num_warps())))
-    _copy(q_row, E, heads_wide, heads_narrow, q_smem, q_rot_smem, R, P)
+    _copy(q_row, R + P, heads_wide, heads_narrow, q_smem, q_rot_smem, R, P)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
-    acc, total, m = gl.warp_specialize(
-        [
-            (
-                _consumer,
-                (slots_row, num_slots, tiles, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
-                 R, K, BH, BK, s_layout, o_layout),
-            ),
-            (
-                _producer,
-                (kv_ptr, stride, slots_row, num_slots, stand_in, tiles, k_smem, k_rot_smem, full, empty, R, P, K, BK),
-            ),
-        ],
-        [PRODUCER_WARPS],
-        [40],
-    )  # fmt: skip
-    return acc, total, m
 
 
 @gluon.jit
@@ -202,33 +307,88 @@ def forward_kernel(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
     row = (gl.program_id(0) // G).to(gl.int64)
     head = gl.program_id(0) % G * BH
-    acc, total, m = _attend(
-        q_ptr + row * (H * E), kv_ptr, E, slots_ptr + row * K, scale, num_slots, head, R, P, K, KB, BH, BK,
-        s_layout, o_layout,
+    slots_row = slots_ptr + row * K
+    q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(
+        q_ptr.dtype.element_ty, R, P, BH, BK
+    )
+    tiles, stand_in = _which(slots_row, num_slots, K, KB, BK)
+    _load_queries(q_ptr + row * (H * E), head, q_smem, q_rot_smem, R, P, BH)
+    acc, total, m = gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (slots_row, num_slots, 0, tiles, K, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full,
+                 empty, R, BH, BK, s_layout, o_layout),
+            ),
+            (
+                _producer,
+                (kv_ptr, E, slots_row, num_slots, stand_in, tiles, K, slots_row, 0, 0, k_smem, k_rot_smem, full, empty,
+                 R, P, BK, 0),
+            ),
+        ],
+        [PRODUCER_WARPS],
+        [PRODUCER_REGISTERS],
     )  # fmt: skip
-    _finish(acc, total, m, o_ptr + (row * H + head) * R, lse_ptr + row * H + head, R, BH, s_layout, o_layout)
+    _finish(
+        acc,
+        gl.sum(total, 1),
+        m,
+        o_ptr + (row * H + head) * R,
+        lse_ptr + row * H + head,
+        R,
+        BH,
+        s_layout,
+        o_layout,
+    )
 
 
 @gluon.jit
 def part_kernel(
-    q_ptr, kv_ptr, slots_ptr, acc_ptr, m_ptr, total_ptr, scale, num_slots, stride,
-    H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr,
-    KB: gl.constexpr, BH: gl.constexpr, BK: gl.constexpr,
+    q_ptr, pool_ptr, table_ptr, kept_ptr, acc_ptr, m_ptr, total_ptr, o_ptr, lse_ptr, scale,
+    num_slots, stride_table, stride_block, stride_token,
+    Q: gl.constexpr, H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, PART: gl.constexpr,
+    PARTS: gl.constexpr, COUNT: gl.constexpr, PAGE: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr,
+    BK: gl.constexpr,
 ):  # fmt: skip
-    """One query, BH heads, PART of its PART x PARTS kept entries, which are rows `stride` apart; left unnormalised."""
-    E: gl.constexpr = R + P
+    """One new token, BH heads, COUNT of its PARTS parts of PART kept positions: left unnormalised, but if they are all.
+
+    Strides of the pool are in units of 8 numbers, the size of a copy.
+    """
+    WHOLE: gl.constexpr = COUNT == PARTS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
-    row = gl.program_id(0).to(gl.int64) * PARTS + gl.program_id(1)
+    row = gl.program_id(0).to(gl.int64)
+    part = row * PARTS + gl.program_id(1) * COUNT
     head = gl.program_id(2) * BH
-    acc, total, m = _attend(
-        q_ptr + gl.program_id(0).to(gl.int64) * (H * E), kv_ptr, stride, slots_ptr + row * PART, scale, num_slots,
-        head, R, P, PART, KB, BH, BK, s_layout, o_layout,
+    first = gl.program_id(1) * (COUNT * PART)
+    num = gl.minimum(K - first, COUNT * PART)
+    kept_row = kept_ptr + row * K + first
+    table_row = table_ptr + row // Q * stride_table
+    acc_row = acc_ptr + (part * H + head) * R
+    m_row = m_ptr + part * H + head
+    total_row = total_ptr + part * H + head
+    q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(
+        q_ptr.dtype.element_ty, R, P, BH, BK
+    )
+    tiles, stand_in = _which(kept_row, num_slots, num, KB, BK)
+    _load_queries(q_ptr + row * (H * (R + P)), head, q_smem, q_rot_smem, R, P, BH)
+    acc, total, m = gl.warp_specialize(
+        [
+            (
+                _consume_parts,
+                (kept_row, num_slots, tiles, num, scale, q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty,
+                 acc_row, m_row, total_row, R, H, PART, COUNT, BH, BK, WHOLE, s_layout, o_layout),
+            ),
+            (
+                _producer,
+                (pool_ptr, 8, kept_row, num_slots, stand_in, tiles, num, table_row, stride_block, stride_token,
+                 k_smem, k_rot_smem, full, empty, R, P, BK, PAGE),
+            ),
+        ],
+        [PRODUCER_WARPS],
+        [PRODUCER_REGISTERS],
     )  # fmt: skip
-    h = row * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
-    gl.store(m_ptr + h, m)
-    gl.store(total_ptr + h, gl.sum(total, 1))
-    wide: gl.constexpr = row_layout(R, 4, gl.num_warps())
-    h = row * H + head + gl.arange(0, BH, layout=gl.SliceLayout(1, wide))
-    r = gl.arange(0, R, layout=gl.SliceLayout(0, wide))
-    gl.store(acc_ptr + h[:, None] * R + r[None, :], gl.convert_layout(acc, wide))
+    if WHOLE:
+        _finish(
+            acc, total, m, o_ptr + (row * H + head) * R, lse_ptr + row * H + head, R, BH, s_layout, o_layout
+        )

@@ -8,7 +8,7 @@ their keys are dense attention, which costs 320 instead of 1088 multiplications 
 (832 instead of 2752 backward) at the size of DeepSeek-V3.2. Next: ../kernels/reference.py, ../kernels/dsa.py.
 
 Shape letters: T tokens, S slots, B rows, Q queries, L keys, H heads, E entry size = R + P, R latent, P rotary,
-N no-position size of a head, V value size, K kept entries, J indexer heads, I indexer head size.
+N no-position size of a head, V value size, K kept entries, J indexer heads, I indexer head size, X of a stored key.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from transformers.models.deepseek_v32.configuration_deepseek_v32 import Deepseek
 from posttrain.kernels import reference
 from posttrain.kernels.pages import Pages
 from posttrain.kernels.sparse_mla import sparse_mla
-from posttrain.model.context import Context
+from posttrain.model.context import Context, entry_keys
 from posttrain.model.indexer import LightningIndexer
 from posttrain.model.lora import weight_of
 from posttrain.model.rope import Rope, rotate
@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # triton exists on Linux only
 
 class DsaAttention(hf.DeepseekV32Attention):
     """transformers' MLA weights, our forward."""
+
+    indexer: LightningIndexer
 
     def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -46,7 +48,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         if not context.parts:
             o_THV = self._attend(tokens, context)
         else:
-            context.add(self.layer_idx, tokens.entries_TE, tokens.k_index_TI)
+            context.add(self.layer_idx, tokens.entries_TE, tokens.k_stored_TX)
             o_THV = torch.cat([self._attend(tokens.rows(part.rows), part.context) for part in context.parts])
         return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
 
@@ -62,6 +64,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         if context.attention == "sparse" or context.indexer_loss == "dense":
             with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
                 tokens.q_index_TJI, tokens.k_index_TI, tokens.w_TJ = self.indexer(x_TD, latent_TC, rope)
+                tokens.k_stored_TX = self.indexer.stored(tokens.k_index_TI, context.backend)
         return tokens
 
     def _attend(self, tokens: "_Tokens", context: Context) -> Tensor:
@@ -73,13 +76,13 @@ class DsaAttention(hf.DeepseekV32Attention):
             q_index_TJI, k_index_TI, w_TJ = tokens.index()
         if by_triton and (sparse or warmup):
             kept_TK = None if context.replay_kept is None else context.replay_kept[self.layer_idx]
-            w_TJ = w_TJ * self.indexer.head_dim**-0.5
-            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, w_TJ, kept_TK, context.query_weights_T)
+            scaled_TJ = w_TJ * self.indexer.head_dim**-0.5
+            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, scaled_TJ, kept_TK, context.query_weights_T)
         if context.diagnose or ((sparse or warmup) and not by_triton):
-            scores_BQL = self._index_scores(q_index_TJI, k_index_TI, w_TJ, context)
+            scores = self._index_scores(tokens, context)
             absorbed_THE = self._latent_queries(q_nope_THN, q_rot_THP)
             if warmup or context.diagnose:
-                self._dense_indexer(absorbed_THE, entries_TE, scores_BQL, context)
+                self._dense_indexer(absorbed_THE, entries_TE, scores, context)
         elif warmup:
             entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
             keys_SI = context.slotted(self.layer_idx, "index", k_index_TI)
@@ -89,13 +92,25 @@ class DsaAttention(hf.DeepseekV32Attention):
         if not sparse:
             return self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
         if by_triton:
-            return self._sparse_by_triton(rows, entries_TE, k_index_TI, context)
-        return self._sparse(absorbed_THE, entries_TE, scores_BQL, context)
+            return self._sparse_by_triton(rows, tokens, context)
+        return self._sparse(absorbed_THE, entries_TE, scores, context)
 
-    def _index_scores(self, q_TJI: Tensor, k_TI: Tensor, w_TJ: Tensor, context: Context) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
-            k_BLI = context.keys(self.layer_idx, "index", k_TI)
-            return reference.index_scores(context.grid(q_TJI), k_BLI, context.grid(w_TJ))
+    def _index_scores(self, tokens: "_Tokens", context: Context) -> "_Scores":
+        q_TJI, k_TI, w_TJ = tokens.index()
+        q_BQJI, w_BQJ = context.grid(q_TJI), context.grid(w_TJ)
+        learned_BQL: Tensor | None = None
+        learns = context.indexer_loss != "none"
+        rounds = self.indexer.entry.e4m3 and (context.attention == "sparse" or context.diagnose)
+        if learns or not rounds:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                k_BLI = context.keys(self.layer_idx, "index", k_TI)
+                learned_BQL = reference.index_scores(q_BQJI, k_BLI, w_BQJ)
+            if not rounds:
+                return _Scores(learned_BQL, learned_BQL)
+        with torch.no_grad():
+            stored_BLX = context.keys(self.layer_idx, "index", tokens.stored())
+            q_BQJI, k_BLI = self.indexer.scored(q_BQJI, stored_BLX)
+            return _Scores(learned_BQL, reference.index_scores(q_BQJI, k_BLI, w_BQJ))
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, N, R] and W_UV [H, V, R], the two parts of kv_b_proj."""
@@ -116,10 +131,10 @@ class DsaAttention(hf.DeepseekV32Attention):
         rot_THP.copy_(q_rot_THP)
         return q_THE
 
-    def _sparse(self, q_THE: Tensor, entries_TE: Tensor, scores_BQL: Tensor, context: Context) -> Tensor:
+    def _sparse(self, q_THE: Tensor, entries_TE: Tensor, scores: "_Scores", context: Context) -> Tensor:
         with torch.no_grad():
             if context.replay_kept is None:
-                kept_BQK = reference.select_topk(scores_BQL, context.mask(), self.index_topk)
+                kept_BQK = reference.select_topk(scores.select_BQL, context.mask(), self.index_topk)
             else:  # Keep Top-k: the engine's choice
                 kept_BQK = context.grid(context.replay_kept[self.layer_idx].long())
         o_THR, p_TK = sparse_mla(
@@ -132,7 +147,8 @@ class DsaAttention(hf.DeepseekV32Attention):
         record = context.record(self.layer_idx)
         record.kept_BQK = kept_BQK
         if context.indexer_loss == "sparse":
-            kept_scores_TK = context.flat(scores_BQL.gather(-1, kept_BQK.clamp(min=0)))
+            assert scores.learn_BQL is not None, "made where there is a loss"
+            kept_scores_TK = context.flat(scores.learn_BQL.gather(-1, kept_BQK.clamp(min=0)))
             kl_T = reference.indexer_kl(p_TK, kept_scores_TK, context.flat(kept_BQK >= 0))
             kl = (kl_T if context.query_weights_T is None else kl_T * context.query_weights_T).sum()
             record.add_kl(kl, kl.detach())
@@ -163,12 +179,11 @@ class DsaAttention(hf.DeepseekV32Attention):
         kl = dsa.warmup_loss(index, attention, ranges, rows.weight_T)
         context.record(self.layer_idx).add_kl(kl, kl.detach())
 
-    def _sparse_by_triton(
-        self, rows: "_Rows", entries_TE: Tensor, k_index_TI: Tensor, context: Context
-    ) -> Tensor:
+    def _sparse_by_triton(self, rows: "_Rows", tokens: "_Tokens", context: Context) -> Tensor:
         """The sparse path on queries [T] and slots [S]: dense, by kernels, or by kernels for a cache."""
+        entries_TE, k_index_TI = tokens.entries_TE, tokens.index()[1]
         entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
-        keys_SI = context.slotted(self.layer_idx, "index", k_index_TI)
+        stored_SX = context.slotted(self.layer_idx, "index", tokens.stored())
         pages = context.pages(self.layer_idx)
         if pages is not None:
             return self._decode(rows, pages, context)
@@ -176,7 +191,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         ranges, split = plan.ranges, plan.split
         if split is None:
             assert ranges is not None, "no rows"
-            return self._attend_kept(rows, entries_SE, keys_SI, ranges, context)
+            return self._attend_kept(rows, tokens, entries_SE, stored_SX, ranges, context)
         early, early_entries_TE, early_keys_TI = rows, entries_TE, k_index_TI
         if ranges is not None:
             early = rows.select(split.early_T)
@@ -191,17 +206,33 @@ class DsaAttention(hf.DeepseekV32Attention):
             self._dense_kl_by_triton(early, early_entries_SE, early_keys_SI, split.early_ranges, context)
         if ranges is None:
             return early_THV
-        late_THV = self._attend_kept(rows.select(split.late_T), entries_SE, keys_SI, ranges, context)
+        late_THV = self._attend_kept(
+            rows.select(split.late_T), tokens, entries_SE, stored_SX, ranges, context
+        )
         return torch.cat((early_THV, late_THV)).index_select(0, split.back_T)
 
     def _attend_kept(
-        self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, ranges: "Ranges", context: Context
+        self,
+        rows: "_Rows",
+        tokens: "_Tokens",
+        entries_SE: Tensor,
+        stored_SX: Tensor,
+        ranges: "Ranges",
+        context: Context,
     ) -> Tensor:
         from posttrain.kernels import dsa  # triton exists on Linux only
 
-        index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
+        entry, index = self.indexer.entry, None
+        if context.indexer_loss == "sparse":
+            keys_SI = stored_SX
+            if entry.e4m3:
+                keys_SI = context.slotted(self.layer_idx, "index", tokens.index()[1])
+            index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
         if rows.kept_TK is None:
-            slots_TK = dsa.select(index, ranges, self.index_topk)
+            keys_SI, scale_S = entry_keys(stored_SX, entry)
+            slots_TK = dsa.select(
+                dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ, scale_S), ranges, self.index_topk
+            )
         else:  # Keep Top-k: the engine's choice
             kept_TK = rows.kept_TK.int()
             slots_TK = torch.where(kept_TK < 0, kept_TK, kept_TK + ranges.begin_N[:, None])
@@ -212,7 +243,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             scale=self.scaling,
             value_size=self.kv_lora_rank,
             deterministic=context.backend.deterministic,
-            index=index if context.indexer_loss == "sparse" else None,
+            index=index,
             weight_T=rows.weight_T,
         )
         record = context.record(self.layer_idx)
@@ -260,7 +291,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         return context.flat(o_BHQV.transpose(1, 2))
 
-    def _dense_indexer(self, q_THE: Tensor, entries_TE: Tensor, scores_BQL: Tensor, context: Context) -> None:
+    def _dense_indexer(self, q_THE: Tensor, entries_TE: Tensor, scores: "_Scores", context: Context) -> None:
         """Warm-up loss over all causal keys (Eq. 3) and the recall of attention mass by the top-k."""
         mask_BQL = context.mask()
         with torch.no_grad():
@@ -268,13 +299,14 @@ class DsaAttention(hf.DeepseekV32Attention):
             p_BQL = reference.dense_probs(context.grid(q_THE), entries_BLE, mask_BQL, self.scaling)
         record = context.record(self.layer_idx)
         if context.indexer_loss == "dense":
-            kl_BQ = reference.indexer_kl(p_BQL, scores_BQL, mask_BQL)
+            assert scores.learn_BQL is not None, "made where there is a loss"
+            kl_BQ = reference.indexer_kl(p_BQL, scores.learn_BQL, mask_BQL)
             kl = (kl_BQ * context.query_mask()).sum()
             record.add_kl(kl, kl.detach())
         if context.diagnose:
             # Only queries that have something to leave out count.
             counted_BQ = context.query_mask() & (context.query_positions_BQ >= self.index_topk)
-            kept_BQK = reference.select_topk(scores_BQL.detach(), mask_BQL, self.index_topk)
+            kept_BQK = reference.select_topk(scores.select_BQL.detach(), mask_BQL, self.index_topk)
             caught_BQ = (p_BQL.gather(-1, kept_BQK.clamp(min=0)) * (kept_BQK >= 0)).sum(-1)
             oracle_BQ = p_BQL.topk(min(self.index_topk, p_BQL.shape[-1]), dim=-1).values.sum(-1)
             record.recall = torch.stack([(x * counted_BQ).sum() for x in (caught_BQ, oracle_BQ)])
@@ -290,6 +322,8 @@ class _Tokens:
     q_index_TJI: Tensor | None = None
     k_index_TI: Tensor | None = None
     w_TJ: Tensor | None = None
+    k_stored_TX: Tensor | None = None
+    """The keys as caches hold them; without e4m3 they are k_index_TI."""
 
     def index(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and head weights of the indexer."""
@@ -297,6 +331,11 @@ class _Tokens:
             "unused"
         )
         return self.q_index_TJI, self.k_index_TI, self.w_TJ
+
+    def stored(self) -> Tensor:
+        """Keys of the indexer that select."""
+        assert self.k_stored_TX is not None, "unused"
+        return self.k_stored_TX
 
     def rows(self, rows: slice) -> "_Tokens":
         """Some of them."""
@@ -307,8 +346,18 @@ class _Tokens:
             self.q_index_TJI,
             self.k_index_TI,
             self.w_TJ,
+            self.k_stored_TX,
         )
         return _Tokens(*(part if part is None else part[rows] for part in parts))  # type: ignore[arg-type]  # the first three are there
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Index scores of the torch backend, fp32 [B, Q, L]; one tensor twice unless there is a selection, by e4m3."""
+
+    learn_BQL: Tensor | None
+    """What the indexer's loss sees; None without one."""
+    select_BQL: Tensor
 
 
 @dataclass(frozen=True, slots=True)

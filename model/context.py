@@ -10,18 +10,20 @@ kernels see tokens [T] and slots [S], the rows of slotted(). Next: attention.py.
 Shape letters: T tokens, B rows, Q queries per row, L keys per row, S slots, N layers, K kept, E experts per token.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.kernels import reference
+from posttrain.kernels import e4m3, reference
 from posttrain.kernels.backend import TORCH, Backend
+from posttrain.kernels.lanes import send
 from posttrain.kernels.pages import Pages
+from posttrain.model.entry import Entry
 from posttrain.model.plan import Plan, plan_rows
 from posttrain.model.regrid import to_flat, to_grid
 
@@ -121,7 +123,7 @@ class Context(Protocol):
         """The record of a layer, made on first use."""
         ...
 
-    def add(self, layer: int, entries_TE: Tensor, k_index_TI: Tensor | None) -> None:
+    def add(self, layer: int, entries_TE: Tensor, k_stored_TX: Tensor | None) -> None:
         """Put the keys of a pass in parts into one layer's cache."""
         ...
 
@@ -167,7 +169,7 @@ class Base:
     def record(self, layer: int) -> LayerRecord:
         return self.records.setdefault(layer, LayerRecord())
 
-    def add(self, layer: int, entries_TE: Tensor, k_index_TI: Tensor | None) -> None:
+    def add(self, layer: int, entries_TE: Tensor, k_stored_TX: Tensor | None) -> None:
         raise AssertionError("a pass without parts has nothing to add")
 
 
@@ -176,6 +178,8 @@ class PackedContext(Base):
     """Packed documents; no key crosses a document because each row of the grid is one document."""
 
     cu_seqlens_S: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    host_lengths: tuple[int, ...] | None = None
+    """Lengths of the documents; None: they are on the device only, which is waited for."""
     positions_T: Tensor = field(init=False)
     _to_grid: Tensor = field(init=False)
     _to_flat: Tensor = field(init=False)
@@ -184,13 +188,14 @@ class PackedContext(Base):
     def __post_init__(self) -> None:
         starts_S, ends_S = self.cu_seqlens_S[:-1], self.cu_seqlens_S[1:]
         lengths_S = ends_S - starts_S
-        rows, width = len(lengths_S), int(lengths_S.max())
+        lengths = self.host_lengths or tuple(lengths_S.tolist())
+        rows, width, num_tokens = len(lengths), max(lengths), sum(lengths)
         columns_L = torch.arange(width, device=starts_S.device)
         # Padding repeats the document's last token: finite numbers that no real query can see.
         self._to_grid = (starts_S[:, None] + columns_L.minimum(lengths_S[:, None] - 1)).reshape(-1)
-        row_T = torch.repeat_interleave(torch.arange(rows, device=starts_S.device), lengths_S)
-        tokens_T = torch.arange(int(self.cu_seqlens_S[-1]), device=starts_S.device)
-        self.positions_T = tokens_T - starts_S[row_T]
+        rows_S = torch.arange(rows, device=starts_S.device)
+        row_T = torch.repeat_interleave(rows_S, lengths_S, output_size=num_tokens)
+        self.positions_T = torch.arange(num_tokens, device=starts_S.device) - starts_S[row_T]
         self._to_flat = row_T * width + self.positions_T
         self.query_positions_BQ = columns_L.expand(rows, width)
         self._shape, self.num_keys = (rows, width), width
@@ -221,7 +226,8 @@ class PackedContext(Base):
         if num_early not in self._plans:
             starts = self.cu_seqlens_S.tolist()
             lengths = np.diff(starts).tolist()
-            self._plans[num_early] = plan_documents(starts[:-1], lengths, num_early, self.cu_seqlens_S.device)
+            early = [min(length, num_early) for length in lengths]
+            self._plans[num_early] = plan_documents(starts[:-1], lengths, early, self.cu_seqlens_S.device)
         return self._plans[num_early]
 
     @property
@@ -296,23 +302,27 @@ class PartContext(PackedContext):
         return self._plans[0]
 
 
-def entry_part(name: KeyName, entries: Tensor, entry_size: int) -> Tensor:
-    """Of cache entries [..., E + I] the latents and rotary keys, or the indexer keys; a view."""
-    return entries[..., :entry_size] if name == "entries" else entries[..., entry_size:]
+def entry_part(name: KeyName, entries: Tensor, entry: Entry) -> Tensor:
+    """Of cache entries [..., E + X] the latents and rotary keys, or the indexer keys as they are stored; a view."""
+    return entries[..., : entry.latent] if name == "entries" else entries[..., entry.latent :]
+
+
+def entry_keys(stored: Tensor, entry: Entry) -> tuple[Tensor, Tensor | None]:
+    """Stored indexer keys [..., X] as kernels read them: [..., I], and their scales if they are e4m3; views."""
+    return e4m3.unpack(stored, entry.index) if entry.e4m3 else (stored, None)
 
 
 class StaticCache:
-    """One entry per token and layer, [latent | rotary key | indexer key], preallocated: [B, L, E + I] per layer."""
+    """One entry per token and layer, preallocated: [B, L, E + X] per layer."""
 
-    def __init__(
-        self, *, num_layers: int, num_rows: int, length: int, sizes: tuple[int, int], like: Tensor
-    ) -> None:
-        self.length, self.entry_size = length, sizes[0]
-        self.layers = [like.new_zeros(num_rows, length, sum(sizes)) for _ in range(num_layers)]
+    def __init__(self, *, num_layers: int, num_rows: int, length: int, entry: Entry, like: Tensor) -> None:
+        self.length, self.entry = length, entry
+        width = entry.width(like.element_size())
+        self.layers = [like.new_zeros(num_rows, length, width) for _ in range(num_layers)]
 
     def part(self, name: KeyName, entries: Tensor) -> Tensor:
-        """The part of that name of entries [..., E + I]."""
-        return entry_part(name, entries, self.entry_size)
+        """The part of that name of entries [..., E + X]."""
+        return entry_part(name, entries, self.entry)
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows."""
@@ -362,9 +372,8 @@ class StaticContext(Base):
         if num_early not in self._plans:
             rows, width = self.query_positions_BQ.shape
             starts = [row * self.cache.length for row in range(rows)]
-            self._plans[num_early] = plan_documents(
-                starts, [width] * rows, num_early, self.positions_T.device
-            )
+            early = [min(width, num_early)] * rows
+            self._plans[num_early] = plan_documents(starts, [width] * rows, early, self.positions_T.device)
         return self._plans[num_early]
 
     def pages(self, layer: int) -> Pages | None:
@@ -375,9 +384,11 @@ class StaticContext(Base):
             rows = torch.arange(len(entries), dtype=torch.int32, device=entries.device)
             self._table = (rows[:, None], (self.query_positions_BQ[:, -1] + 1).int())
         table_B1, lengths_B = self._table
+        keys_PSI, scale_PS = entry_keys(self.cache.part("index", entries), self.cache.entry)
         return Pages(
             entries_PSE=self.cache.part("entries", entries),
-            index_PSI=self.cache.part("index", entries),
+            index_PSI=keys_PSI,
+            scale_PS=scale_PS,
             table_BM=table_B1,
             lengths_B=lengths_B,
             max_length=self.num_keys,
@@ -396,22 +407,28 @@ def _shift(kept_BQK: Tensor, starts_B: Tensor) -> Tensor:
 
 
 def plan_documents(
-    starts: list[int], lengths: list[int], num_early: int, device: torch.device, *, begun: int = 0
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    early: Sequence[int],
+    device: torch.device,
+    *,
+    begun: Sequence[int] | None = None,
 ) -> Plan:
-    """The plan for documents of these lengths and first slots; the first num_early rows of each are dense.
+    """The plan for documents with these first slots and so many rows each, of which the first `early` ones are dense.
 
-    Of a document that an earlier pass has begun, with so many tokens, no row is dense: its keys are not all here.
+    Of a document that an earlier pass has begun, with so many tokens, none may be: its keys are not all here.
     """
     from posttrain.kernels.index_topk_triton import packed  # triton exists on Linux only
 
-    sizes = torch.tensor(lengths)
-    first_T = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    positions_T = torch.arange(len(first_T)) - first_T + begun
+    sizes, early_B = torch.tensor(lengths), torch.tensor(early)
+    row_T = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    positions_T = row_T if begun is None else row_T + torch.tensor(begun).repeat_interleave(sizes)
     begin_T = torch.tensor(starts).repeat_interleave(sizes)
 
-    def early() -> tuple[PackedContext, "Ranges"]:
-        cut = sizes.clamp(max=num_early)
-        context = PackedContext(attention="dense", cu_seqlens_S=F.pad(cut.cumsum(0), (1, 0)).to(device))
-        return context, packed(cut.tolist(), device)
+    def dense() -> tuple[PackedContext, "Ranges"]:
+        cut = tuple(num for num in early if num)
+        cuts_S = send(torch.tensor([0, *itertools.accumulate(cut)]), device)
+        context = PackedContext(attention="dense", cu_seqlens_S=cuts_S, host_lengths=cut)
+        return context, packed(cut, device)
 
-    return plan_rows(begin_T, positions_T, 0 if begun else num_early, device, early)
+    return plan_rows(begin_T, positions_T, row_T < early_B.repeat_interleave(sizes), device, dense)

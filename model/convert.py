@@ -21,6 +21,7 @@ from transformers import AutoConfig
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
 from posttrain.model.checkpoint import ROUTER, SHARED_FIELDS
+from posttrain.model.entry import need_index_dtype
 
 SOURCES = ("deepseek_v3", "glm4_moe_lite")
 FP8_BLOCK = 128
@@ -58,6 +59,7 @@ def convert(
     index_n_heads: int,
     index_head_dim: int,
     index_hadamard: bool = False,
+    index_dtype: str = "model",
     seed: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> Report:
@@ -75,9 +77,12 @@ def convert(
         )
     if index_hadamard and index_head_dim & (index_head_dim - 1):
         raise ValueError(f"index_head_dim={index_head_dim}: index_hadamard needs a power of two")
+    need_index_dtype(index_dtype, index=index_head_dim, latent=config.kv_lora_rank)
     config.index_topk, config.index_n_heads, config.index_head_dim = index_topk, index_n_heads, index_head_dim
     if index_hadamard:
         config.index_hadamard = True
+    if index_dtype != "model":  # absent from checkpoints that do without
+        config.index_dtype = index_dtype
     files = _tensor_files(source)
     _check_complete(source, files, config)
     counts = _Counts()

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 
-from posttrain.kernels import reference
+from posttrain.kernels import e4m3, reference
 from posttrain.kernels.pointwise import swiglu
 from posttrain.model.arch import DeepseekV32ForCausalLM, DsaDecoderLayer
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache
+from posttrain.model.entry import Entry
 from posttrain.model.indexer import hadamard
 from posttrain.model.moe import DsaMoE, route, run_padded
 from posttrain.model.rope import unit_circle
@@ -110,6 +111,7 @@ class Decoder:
         if config.index_head_dim % 2:
             raise ValueError(f"index_head_dim={config.index_head_dim}: decoding needs an even number")
         self.topk: int = config.index_topk
+        self.entry = Entry.of(config)
         self.use_hadamard: bool = model.model.layers[0].self_attn.indexer.use_hadamard
         self.sizes: tuple[int, int, int, int, int, int] = (
             config.kv_lora_rank,
@@ -208,6 +210,9 @@ class Decoder:
         if self.use_hadamard:
             q_index_BJI = hadamard(q_index_BJI)
             key = torch.cat((key[:, :P], hadamard(key[:, P:])), -1)
+        if self.entry.e4m3:
+            q_index_BJI = reference.round_e4m3(q_index_BJI)
+            key = torch.cat((key[:, :P], e4m3.pack(key[:, P:], cache_BLE.shape[-1] - R - P)), -1)
         entry = torch.cat((self._norm(kv_BR, layer.kv_norm), key), -1)
         cache_BLE.flatten(0, 1).index_copy_(0, step.slots_B, entry)
         absorbed_HBR = torch.bmm(q_nope.view(num_rows, H, N).transpose(0, 1), layer.absorb_HNR)
@@ -232,7 +237,8 @@ class Decoder:
         self, q_BJI: Tensor, w_BJ: Tensor, step: _Step, cache_BLE: Tensor, record: LayerRecord
     ) -> Tensor:
         """The kept entries [B, K, E + I]; reference.index_scores and reference.select_topk for one query."""
-        keys_BIL = cache_BLE[:, : step.num_keys, -q_BJI.shape[-1] :].transpose(1, 2)
+        keys_BLI = cache_BLE[:, : step.num_keys, self.entry.latent :]
+        keys_BIL = (e4m3.values(keys_BLI, self.entry.index) if self.entry.e4m3 else keys_BLI).transpose(1, 2)
         scores_BJL = torch.bmm(q_BJI.float(), keys_BIL.float()).relu_()
         scores_BL = scores_BJL.mul_(w_BJ[..., None]).sum(1).masked_fill_(step.unseen_BL, float("-inf"))
         kept_BK = scores_BL.sort(dim=-1, descending=True, stable=True).indices[:, : self.topk]

@@ -1,9 +1,11 @@
 """The lightning indexer, trainable: projections, half-split rotary embedding, optional Hadamard rotation.
 
 Scores, top-k and the KL losses are functions in kernels/reference.py. Inputs are detached: the indexer
-learns from its own KL alone, and the model never learns through it (V3.2-Exp 2.1). Next: attention.py.
+learns from its own KL alone, and the model never learns through it (V3.2-Exp 2.1). Where a checkpoint scores in e4m3, the
+scores that select are made from what queries and keys are in e4m3, and the KL's from the numbers themselves: rounding has no
+gradient, and what is learned is what is rounded. Next: entry.py, attention.py.
 
-Shape letters: T tokens, D hidden, C query latent, J indexer heads, I indexer head size.
+Shape letters: T tokens, D hidden, C query latent, J indexer heads, I indexer head size, X numbers that a cache holds of a key.
 """
 
 import math
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
+from posttrain.kernels import e4m3, reference
+from posttrain.kernels.backend import Backend
+from posttrain.model.entry import Entry
 from posttrain.model.rope import Rope, rotate
 
 
@@ -37,6 +42,7 @@ class LightningIndexer(hf.DeepseekV32Indexer):
     def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.use_hadamard = bool(getattr(config, "index_hadamard", False))
+        self.entry = Entry.of(config)
 
     def forward(  # type: ignore[override]  # packed, and it returns what the scores are made of
         self, x_TD: Tensor, latent_TC: Tensor, rope: Rope
@@ -61,3 +67,15 @@ class LightningIndexer(hf.DeepseekV32Indexer):
             q_TJI, k_TI = hadamard(q_TJI), hadamard(k_TI)
         w_TJ = F.linear(x_TD.float(), self.weights_proj.weight.float()) * self.n_heads**-0.5
         return q_TJI, k_TI, w_TJ
+
+    def stored(self, k_TI: Tensor, backend: Backend) -> Tensor:
+        """Keys [T, X] as caches hold them and the scores that select read them, in k's dtype; without a gradient if e4m3."""
+        if not self.entry.e4m3:
+            return k_TI
+        return e4m3.pack(k_TI, self.entry.stored(k_TI.element_size()), by_triton=backend.name == "triton")
+
+    def scored(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [..., I], and keys [..., I] from stored [..., X], as the numbers whose products select."""
+        if not self.entry.e4m3:
+            return q, stored
+        return reference.round_e4m3(q), e4m3.values(stored, self.entry.index)

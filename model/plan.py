@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from posttrain.kernels.lanes import send
+
 if TYPE_CHECKING:  # triton exists on Linux only, and contexts make plans
     from posttrain.kernels.index_topk_triton import Ranges
     from posttrain.model.context import PackedContext
@@ -45,26 +47,25 @@ class Plan:
 def plan_rows(
     begin_T: Tensor,
     positions_T: Tensor,
-    num_early: int,
+    is_early_T: Tensor,
     device: torch.device,
     early: Callable[[], "tuple[PackedContext, Ranges]"],
 ) -> Plan:
-    """The plan for rows at these positions of documents that begin at these slots, on the host.
+    """The plan for rows at these positions of documents that begin at these slots, on the host; which of them are dense.
 
-    early makes the dense rows' own context and their keys among them; asked for only where num_early > 0.
+    early makes the dense rows' own context and their keys among them; asked for only where there are any.
     """
     from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
 
     end_T = begin_T + positions_T + 1
-    if not num_early:
+    if not is_early_T.any():
         return Plan(key_ranges(begin_T, end_T, device))
-    is_early_T = positions_T < num_early
     early_T, late_T = is_early_T.nonzero()[:, 0], (~is_early_T).nonzero()[:, 0]
     context, ranges = early()
     split = Split(
-        early_T=early_T.to(device),
-        late_T=late_T.to(device),
-        back_T=torch.cat((early_T, late_T)).argsort().to(device),
+        early_T=send(early_T, device),
+        late_T=send(late_T, device),
+        back_T=send(torch.cat((early_T, late_T)).argsort(), device),
         early=context,
         early_ranges=ranges,
     )

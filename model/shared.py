@@ -50,7 +50,8 @@ class SharedContext(PackedContext):
                 return self._early(place_T, positions_T, num_early)
 
             device = self.token_F.device
-            self._plans[num_early] = plan_rows(place_T - positions_T, positions_T, num_early, device, early)
+            is_early_T = positions_T < num_early
+            self._plans[num_early] = plan_rows(place_T - positions_T, positions_T, is_early_T, device, early)
         return self._plans[num_early]
 
     def _early(

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from posttrain import config, graph, levels
-from posttrain.config import Domain, Pretrain, Reward, Rl, Run
+from posttrain.config import Convert, Domain, Pretrain, Reward, Rl, Run
 from posttrain.fit import check_engines
+from posttrain.model.entry import need_index_dtype
 from posttrain.rewards.base import Verdict, judge, load_object, load_reward, reference_rollout
 from posttrain.schema import Task
 from posttrain.table import columns
@@ -61,6 +62,9 @@ class Report:
 def check(cfg: Run, *, config_only: bool = False) -> Report:
     """Raise ValueError for the first thing that cannot work."""
     stages = tuple(_stage_line(stage) for stage in cfg.stages)
+    for stage in cfg.stages:
+        if isinstance(stage, Convert):
+            _need_convertible(stage)
     check_engines(cfg)
     if config_only:
         return Report(cfg=cfg, stages=stages)
@@ -70,6 +74,13 @@ def check(cfg: Run, *, config_only: bool = False) -> Report:
             _find_module(stage)
     rewards = [line for domain in cfg.domains for line in _domain(domain, cfg)]
     return Report(cfg=cfg, stages=stages, rewards=tuple(rewards))
+
+
+def _need_convertible(stage: Convert) -> None:
+    try:  # the latents are those of a checkpoint that need not be here
+        need_index_dtype(stage.index_dtype, index=stage.index_head_dim, latent=0)
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name!r}: {error}") from None
 
 
 def as_json(report: Report) -> dict[str, Any]:

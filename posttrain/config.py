@@ -185,7 +185,10 @@ class Convert(_Stage):
     index_n_heads: int = Field(64, ge=1)
     index_head_dim: int = Field(128, ge=2)
     index_hadamard: bool = False
-    """Rotate indexer queries and keys (a precision aid under FP8; exact in bf16)."""
+    """Rotate indexer queries and keys (a precision aid under e4m3; exact in bf16)."""
+    index_dtype: Literal["model", "e4m3"] = "model"
+    """What index scores are made from: the model's type, or e4m3 with a scale per key and head, as V3.2 does: faster on a GPU,
+    with smaller caches. Written into the checkpoint, which binds learner and engines."""
     evaluate: bool = False
 
 

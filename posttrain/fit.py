@@ -100,6 +100,7 @@ def _shape(cfg: Run, name: str) -> Geometry | None:
             "index_topk": stage.index_topk,
             "index_n_heads": stage.index_n_heads,
             "index_head_dim": stage.index_head_dim,
+            "index_dtype": stage.index_dtype,
         }
     )
 

@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posttrain.kernels import reference
+from posttrain.kernels.backend import TORCH
 from posttrain.model.context import PackedContext
 from posttrain.model.indexer import LightningIndexer
 from posttrain.model.shared import SharedContext
@@ -60,9 +61,10 @@ class Ties:
             hook.remove()
 
     @torch.no_grad()
-    def _look(self, indexer: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _look(self, indexer: LightningIndexer, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         q_TJI, k_TI, w_TJ = output
         q_SJI, w_SJ = q_TJI[self._queries_S], w_TJ[self._queries_S]
+        q_SJI, k_TI = indexer.scored(q_SJI, indexer.stored(k_TI, TORCH))
         scores_ST = reference.index_scores(q_SJI[None], k_TI[None], w_SJ[None])[0]
         best = scores_ST.masked_fill(~self._seen_ST, float("-inf")).topk(self._topk + 1, dim=-1).values
         self._tied.append(best[:, -2] == best[:, -1])

@@ -6,9 +6,11 @@ a Hugging Face config. Next: ../posttrain/fit.py, vllm/stock.py.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
+
+from posttrain.model.entry import Entry
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """Of one number of a type."""
@@ -39,13 +41,13 @@ class Geometry:
     """0: a dense model, without indexers."""
     index_head_dim: int = 0
     index_topk: int = 0
+    index_dtype: str = "model"
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """From a config's fields; KeyError names the first that is not there."""
-        optional = {"index_n_heads", "index_head_dim", "index_topk"}
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: config.get(name, 0) if name in optional else config[name] for name in names})
+        names = [field.name for field in fields(cls) if field.default is MISSING or field.name in config]
+        return cls(**{name: config[name] for name in names})
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -68,10 +70,11 @@ class Geometry:
         ends = 2 * self.vocab_size * self.hidden_size + self.hidden_size
         return self.num_hidden_layers * each + dense_layers * dense + moe_layers * moe + ends
 
-    @property
-    def entry_size(self) -> int:
-        """Numbers that the cache holds of one token in one layer."""
-        return self.kv_lora_rank + self.qk_rope_head_dim + self.index_head_dim
+    def entry_bytes(self, itemsize: int) -> int:
+        """What the cache holds of one token in one layer, for numbers of that many bytes."""
+        latent = self.kv_lora_rank + self.qk_rope_head_dim
+        entry = Entry(latent=latent, index=self.index_head_dim, e4m3=self.index_dtype == "e4m3")
+        return entry.width(itemsize) * itemsize
 
     def _attention(self) -> int:
         query = self.q_lora_rank * (
@@ -121,7 +124,7 @@ def engine_memory(
     )
     logits = 3 * max_rows * shape.vocab_size * 4  # fp32: logits, log-probs, their sums
     work = max(_WORK * batched_tokens * widest * size, logits)
-    per_token = shape.num_hidden_layers * shape.entry_size * size
+    per_token = shape.num_hidden_layers * shape.entry_bytes(size)
     lines = [
         f"  weights    {weights / _GIB:8.1f} GiB = {shape.num_parameters / 1e9:.2f} billion x {size} bytes ({dtype})",
         f"  cache      {cache_bytes / _GIB:8.1f} GiB = rollouts.cache_mib, {cache_bytes // per_token} tokens "

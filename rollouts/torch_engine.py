@@ -22,6 +22,7 @@ from posttrain.model import checkpoint
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import AttentionMode, LayerRecord, StaticCache, StaticContext
 from posttrain.model.decode import Decoder
+from posttrain.model.entry import Entry
 from posttrain.model.weights import Asleep, Weights, take
 from posttrain.rollouts import chat, sampling
 from posttrain.rollouts.dialogue import Dialogue, end_turns
@@ -141,12 +142,11 @@ class TorchEngine:
     def cache(self, rows: int, length: int) -> StaticCache:
         """An empty cache for all layers."""
         config = self.model.config
-        sizes = (config.kv_lora_rank + config.qk_rope_head_dim, config.index_head_dim)
         return StaticCache(
             num_layers=config.num_hidden_layers,
             num_rows=rows,
             length=length,
-            sizes=sizes,
+            entry=Entry.of(config),
             like=self.model.lm_head.weight,
         )
 

@@ -14,16 +14,19 @@ from torch import Tensor
 from posttrain.kernels import (
     dense_probs_triton,
     dsa,
+    e4m3,
     fp8_triton,
     index_topk_triton,
     indexer_kl_triton,
     invariant_triton,
+    paged_mla_triton,
     sparse_mla_backward_triton,
     sparse_mla_triton,
     warmup_kl_triton,
 )
 from posttrain.kernels.index_topk_triton import key_ranges
 from posttrain.kernels.pages import Pages
+from posttrain.model.entry import Entry
 
 KEPT = 2048
 LATENT, ROTARY = 512, 64
@@ -95,17 +98,22 @@ def _quantized_topk() -> None:
     index_topk_triton.topk(q, k, w, key_ranges(begin, begin + SLOTS, "cpu"), KEPT, k_scale_S=scale)
 
 
-def _pages() -> Pages:
-    pool = _bf16(QUERIES * 64, 64, LATENT + ROTARY + INDEX_SIZE)
-    table = torch.zeros(QUERIES, 64, dtype=torch.int32)
+def _pages(sequences: int) -> Pages:
+    pool = _bf16(64, 64, LATENT + ROTARY + INDEX_SIZE)
+    table = torch.zeros(sequences, 64, dtype=torch.int32)
     entries, keys = pool.split([LATENT + ROTARY, INDEX_SIZE], -1)
     return Pages(entries, keys, table, table[:, 0].contiguous(), SLOTS)
 
 
-def _decode(heads: int, new: int) -> None:
-    q = _bf16(QUERIES, new, heads, LATENT + ROTARY)
-    q_index, w = _bf16(QUERIES, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(QUERIES, new, INDEX_HEADS)
-    dsa.decode(q, q_index, w, _pages(), num_kept=KEPT, scale=0.1, value_size=LATENT)
+def _decode(heads: int, new: int, sequences: int) -> None:
+    q = _bf16(sequences, new, heads, LATENT + ROTARY)
+    q_index, w = _bf16(sequences, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(sequences, new, INDEX_HEADS)
+    dsa.decode(q, q_index, w, _pages(sequences), num_kept=KEPT, scale=0.1, value_size=LATENT)
+
+
+def _decode_in_one_part() -> None:
+    q, kept = _bf16(QUERIES, 1, 64, LATENT + ROTARY), torch.zeros(QUERIES, 1, KEPT, dtype=torch.int32)
+    paged_mla_triton.attend(q, _pages(QUERIES), kept, 0.1, LATENT, part=KEPT)
 
 
 def _in_fp32() -> None:
@@ -126,6 +134,18 @@ def _invariant(dtype: torch.dtype) -> None:
     invariant_triton.product(torch.zeros(1, QUERIES, 7168, dtype=dtype), weight.transpose(1, 2))
 
 
+def _decode_from_e4m3(new: int, sequences: int) -> None:
+    entry = Entry(latent=LATENT + ROTARY, index=INDEX_SIZE, e4m3=True)
+    pool = _bf16(sequences * 64, 64, entry.width(2))
+    pool[0, 0, entry.latent :] = e4m3.pack(_bf16(1, INDEX_SIZE), entry.stored(2), by_triton=True)
+    keys, scale = e4m3.unpack(pool[..., entry.latent :], entry.index)
+    table = torch.zeros(sequences, 64, dtype=torch.int32)
+    pages = Pages(pool[..., : entry.latent], keys, table, table[:, 0].contiguous(), SLOTS, scale)
+    q, q_index = _bf16(sequences, new, 64, LATENT + ROTARY), _bf16(sequences, new, INDEX_HEADS, INDEX_SIZE)
+    w = torch.zeros(sequences, new, INDEX_HEADS)
+    dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=0.1, value_size=LATENT)
+
+
 LAUNCHES: dict[str, Launch] = {
     **{
         f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h), spill=32)
@@ -141,9 +161,14 @@ LAUNCHES: dict[str, Launch] = {
         call=lambda: _sparse_backward(128, deterministic=True, with_target=False)
     ),
     **{
-        f"decoding, {h} heads, {new} new": Launch(call=lambda h=h, new=new: _decode(h, new), spill=32)
-        for h, new in ((128, 1), (64, 2), (16, 1))
+        f"decoding, {h} heads, {new} new, {n} sequences": Launch(
+            # 64 sequences of 128 heads: where parts are put together, outside the loop over tiles
+            call=lambda h=h, new=new, n=n: _decode(h, new, n),
+            spill=112 if (h, n) == (128, 64) else 16,
+        )
+        for h, new, n in ((128, 1, 16), (64, 2, 16), (16, 1, 16), (128, 1, 64), (64, 1, 64))
     },
+    "decoding in one part": Launch(call=_decode_in_one_part),
     "index scores and top-k": Launch(call=_topk),
     "e4m3 scores and top-k": Launch(call=_quantized_topk),
     "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),
@@ -153,4 +178,10 @@ LAUNCHES: dict[str, Launch] = {
     "batch-invariant product": Launch(call=lambda: _invariant(torch.bfloat16)),
     "batch-invariant product, fp32": Launch(call=lambda: _invariant(torch.float32)),
     "indexer KL, deterministic": Launch(call=lambda: _indexer_kl(deterministic=True)),
+    **{
+        f"decoding from e4m3, {new} new, {n} sequences": Launch(
+            call=lambda new=new, n=n: _decode_from_e4m3(new, n), spill=32
+        )
+        for new, n in ((2, 16), (1, 64))
+    },
 }

@@ -71,6 +71,8 @@ def test_cached_decoding_is_the_full_forward(engine: TorchEngine, settings: Samp
 
 OTHER_MODELS: dict[str, dict[str, Any]] = {
     "hadamard": {"index_hadamard": True},
+    "e4m3": {"index_dtype": "e4m3"},
+    "e4m3, hadamard": {"index_dtype": "e4m3", "index_hadamard": True, "index_dim": 32},
     "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
     "no shared width": {"v_head_dim": 22, "qk_nope_head_dim": 9, "kv_lora_rank": 17, "n_shared_experts": 2},
     "one head": {"num_attention_heads": 1, "num_key_value_heads": 1, "index_heads": 1},
@@ -108,7 +110,9 @@ def test_new_weights_are_used_however_they_came() -> None:
     assert [r.tokens.tolist() for r in after] != [r.tokens.tolist() for r in before]
 
 
-def test_recorded_keys_and_experts_are_those_of_the_full_forward(engine: TorchEngine) -> None:
+@pytest.mark.parametrize("index_dtype", ["model", "e4m3"])
+def test_recorded_keys_and_experts_are_those_of_the_full_forward(index_dtype: str) -> None:
+    engine = TorchEngine(tiny.model(topk=7, seed=2, index_dtype=index_dtype), TOKENIZER)
     settings = Sampling(record_kept=True, record_experts=True)
     for rollout in engine.generate(_requests(5), settings):
         context = tiny.packed([len(rollout.tokens)])

@@ -164,9 +164,12 @@ def test_ranks_that_share_their_batches_are_one_learner(
 
 
 @pytest.mark.slow
-def test_kernels_of_shared_batches_and_recomputed_layers_are_those_of_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index_dtype", ["model", "e4m3"])
+def test_kernels_of_shared_batches_and_recomputed_layers_are_those_of_torch(
+    tmp_path: Path, index_dtype: str
+) -> None:
     """The KL of the indexer is known in the backward pass alone there: its figure must be that of the first pass."""
-    path = tiny.sparse_checkpoint(tmp_path / "one-layer", num_hidden_layers=1)
+    path = tiny.sparse_checkpoint(tmp_path / "one-layer", num_hidden_layers=1, index_dtype=index_dtype)
     expected = group_worker.triton(path, None, backend="torch")
     found = launch(path, tmp_path, size=2, context=2, names=["triton"])["triton"]
     again = group_worker.triton(path, None, sharding={"recompute": True})

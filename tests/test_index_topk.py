@@ -12,7 +12,7 @@ from posttrain.kernels.index_topk_triton import Chunk, Ranges, Shape, key_ranges
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")
-SMALL = topk_triton.Shape(sample=32, warps=1, many=1)
+SMALL = topk_triton.Shape(sample=32, warps=1)
 LENGTHS = [23, 1, 40]
 
 
@@ -165,9 +165,10 @@ def test_e4m3_by_hand() -> None:
 
 
 def test_e4m3_in_triton_equals_the_definition() -> None:
-    """Values that e4m3 holds, at every size: the interpreter rounds others wrongly."""
+    """Values of every size, ties between two e4m3 numbers, numbers below the least one."""
     sizes = torch.exp2((_random(53, 3, 1, seed=1) * 20).round().clamp(min=-20))
-    x = _coarse(53, 3, 20, seed=0) * sizes
+    x = _random(53, 3, 20, seed=0) * sizes
+    x[6], x[7, :, 1:] = (x[6] / sizes[6] * 64).round() / 64 * sizes[6], x[7, :, 1:] * 2.0**-13
     x[0], x[1, 0, 3], x[2, 1, 0], x[3, 1, 2], x[4, 0] = 0.0, 448.0 * sizes[1, 0, 0], INF, NAN, 1e-40
     x[5, 0], x[5, 0, 0], x[5, 1], x[5, 1, 0] = 0.0, 448.5, 0.0, 1.75
     values, scale = fp8_triton.quantize_e4m3(x)
@@ -175,7 +176,12 @@ def test_e4m3_in_triton_equals_the_definition() -> None:
     torch.testing.assert_close(scale, wanted_scale, equal_nan=True, atol=0, rtol=0)
     assert scale[5].tolist()[:2] == [2.0, 2.0**-8] and scale[2, 1].isnan() and scale[3, 1].isnan()
     finite = wanted_scale.isfinite()
-    finite[5] = False  # 448.5 is none that e4m3 holds
+    weight = _random(53, 3, seed=2)
+    again, weighted = fp8_triton.quantize_e4m3(x, weight=weight)
+    assert torch.equal(weighted[finite], (weight * wanted_scale)[finite])
+    assert torch.equal(again.view(torch.uint8), values.view(torch.uint8))
+    with pytest.raises(ValueError, match=r"weights \(53, 2\)"):
+        fp8_triton.quantize_e4m3(x, weight=weight[:, :2])
     assert torch.equal(values.view(torch.uint8)[finite], wanted.view(torch.uint8)[finite])
 
 

@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from posttrain.kernels import (
+    e4m3,
     index_topk_triton,
     paged_index_topk_triton,
     paged_mla_triton,
     reference,
     sparse_mla_triton,
 )
+from posttrain.kernels.e4m3 import pack
+from posttrain.kernels.fp8_triton import quantize_e4m3
 from posttrain.kernels.pages import Pages
+from posttrain.model.context import entry_keys
+from posttrain.model.entry import Entry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HEADS, VALUE, ROTARY, INDEX_HEADS, INDEX = 3, 12, 4, 2, 10
+HEADS, VALUE, ROTARY, INDEX_HEADS, INDEX = 3, 12, 4, 2, 20
 KEPT, SCALE = 20, 0.3
 LENGTHS = [0, 1, 70, 16, 19, 33]
 """Empty, one, more than one span, whole blocks, fewer and more than KEPT."""
@@ -31,15 +36,27 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
 
 
 class Cache:
-    """Sequences of latent entries and index keys, and the pool that holds them in scattered blocks."""
+    """Sequences of latent entries and index keys, and the pool that holds them in scattered blocks.
 
-    def __init__(self, lengths: list[int], block_size: int, *, coarse: bool = False) -> None:
+    With e4m3 the keys are that, and have a scale of their own behind them.
+    """
+
+    def __init__(
+        self, lengths: list[int], block_size: int, *, coarse: bool = False, e4m3_keys: bool = False
+    ) -> None:
         size = VALUE + ROTARY + INDEX
         self.rows = [_random(n, size, seed=i) for i, n in enumerate(lengths)]
         if coarse:  # few different values: ties everywhere, sums exact in any order
             self.rows = [(row * 2).round() / 2 for row in self.rows]
+        self.entry = Entry(latent=VALUE + ROTARY, index=INDEX, e4m3=e4m3_keys)
+        if e4m3_keys:
+            self.rows = [
+                torch.cat((row[:, : VALUE + ROTARY], pack(row[:, VALUE + ROTARY :], self.entry.stored(4))), 1)
+                for row in self.rows
+            ]
+        size = self.entry.width(4)
         most = -(-max(lengths) // block_size) + 1
-        self.pool = torch.full((len(lengths) * most + 2, block_size, size + 3), float("nan"), device=DEVICE)
+        self.pool = torch.full((len(lengths) * most + 2, block_size, size + 4), float("nan"), device=DEVICE)
         self.table = torch.full((len(lengths), most), -(2**30), dtype=torch.int32, device=DEVICE)
         places = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(9)).tolist()
         for b, row in enumerate(self.rows):
@@ -51,14 +68,19 @@ class Cache:
 
     def pages(self, part: slice = slice(None)) -> Pages:
         """These sequences, or some of them."""
-        keys = slice(VALUE + ROTARY, VALUE + ROTARY + INDEX)
+        keys, scale = self.keys(self.pool)
         return Pages(
             self.pool[..., : VALUE + ROTARY],
-            self.pool[..., keys],
+            keys,
             self.table[part],
             self.lengths[part],
             self.max_length,
+            scale,
         )
+
+    def keys(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Index keys of entries, and scales if they are e4m3."""
+        return entry_keys(entries[..., VALUE + ROTARY : self.entry.width(4)], self.entry)
 
 
 def _queries(num: int, new: int, *, coarse: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,17 +133,42 @@ def test_a_step_is_its_definition(block_size: int, new: int) -> None:
     torch.testing.assert_close(lse[~empty].double(), exact_lse[~empty], atol=1e-5, rtol=1e-5)
 
 
-def test_a_step_selects_what_the_packed_kernel_selects() -> None:
+@pytest.mark.parametrize("e4m3_keys", [False, True], ids=["fp32", "e4m3"])
+def test_a_step_selects_what_the_packed_kernel_selects(e4m3_keys: bool) -> None:
     """Scores that differ in the last bits only would order neighbours differently: all bits are the same."""
-    cache, new = Cache(LENGTHS, 16), 3
+    cache, new = Cache(LENGTHS, 16, e4m3_keys=e4m3_keys), 3
     _, q, w = _queries(len(LENGTHS), new)
+    if e4m3_keys:
+        q, scale = quantize_e4m3(q)
+        w = w * scale
     kept = _select(cache.pages(), q, w)
     for b, length in enumerate(LENGTHS):
         ends = (length - new + 1 + torch.arange(new)).clamp(min=0)
         ranges = index_topk_triton.key_ranges(torch.zeros_like(ends), ends, DEVICE)
-        keys = cache.rows[b][:, VALUE + ROTARY :].contiguous() if length else _random(1, INDEX, seed=0)
-        packed = index_topk_triton.topk(q[b], keys, w[b], ranges, KEPT, shape=SHAPE)
+        keys, k_scale = cache.keys(cache.rows[b] if length else torch.zeros_like(cache.rows[1]))
+        packed = index_topk_triton.topk(
+            q[b], keys.contiguous(), w[b], ranges, KEPT, shape=SHAPE,
+            k_scale_S=None if k_scale is None else k_scale.contiguous(),
+        )  # fmt: skip
         assert torch.equal(kept[b], packed), f"sequence of {length}"
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_step_from_e4m3_is_its_definition(block_size: int) -> None:
+    """Sums exact in any order, ties everywhere; what is scored are the rounded numbers."""
+    cache, new = Cache(LENGTHS, block_size, coarse=True, e4m3_keys=True), 2
+    _, q, w = _queries(len(LENGTHS), new, coarse=True)
+    q = q * 1.0625  # which e4m3 does not hold
+    values, scale = quantize_e4m3(q)
+    kept = _select(cache.pages(), values, w * scale)
+    positions = cache.lengths[:, None] - new + torch.arange(new, device=DEVICE)
+    stored = reference.paged(cache.pool[..., VALUE + ROTARY :], cache.table, cache.max_length)
+    keys = e4m3.values(stored.nan_to_num(0.0), INDEX)
+    scores = reference.index_scores(reference.round_e4m3(q), keys, w * INDEX**0.5)
+    wanted = reference.select_topk(scores, reference.causal_mask(positions, cache.max_length), KEPT)
+    assert torch.equal(kept, wanted.int())
+    plain = reference.index_scores(q, keys, w * INDEX**0.5)
+    assert not torch.equal(plain, scores), "nothing was rounded"
 
 
 def test_a_rows_bits_do_not_depend_on_its_batch_or_place() -> None:
@@ -156,6 +203,8 @@ def test_what_does_not_fit_is_refused() -> None:
     q, q_index, w = _queries(2, 1)
     pages = cache.pages()
     for changes, message in (
+        ({"scale_PS": cache.pool[..., 0]}, "e4m3 has one in fp32 per token, others none"),
+        ({"index_PSI": cache.pool.to(torch.float8_e4m3fn)}, "e4m3 has one in fp32 per token"),
         ({"max_length": 33}, "holds 1 to 32 tokens"),
         ({"table_BM": cache.table.long()}, "both are int32"),
         ({"lengths_B": cache.lengths[:1]}, "1 lengths for 2 rows"),

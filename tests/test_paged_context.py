@@ -1,14 +1,17 @@
 """The model on a paged cache, in chunks and mixed passes, is the model on the packed documents."""
 
 import random
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import tiny
 import torch
 
+from posttrain.kernels import index_topk_triton
 from posttrain.kernels.backend import Backend
+from posttrain.model import paged as paged_module
 from posttrain.model.arch import DeepseekV32ForCausalLM
+from posttrain.model.entry import Entry
 from posttrain.model.paged import NewTokens, PagedCache, paged
 
 TOPK, BLOCK = 7, 4
@@ -18,19 +21,20 @@ Attention = Literal["dense", "sparse"]
 
 def _cache(model: DeepseekV32ForCausalLM, num_blocks: int) -> PagedCache:
     config = model.config
-    entry = config.kv_lora_rank + config.qk_rope_head_dim
-    pools = [
-        torch.full((num_blocks, BLOCK, entry + config.index_head_dim), 1e4)
-        for _ in range(config.num_hidden_layers)
-    ]
-    return PagedCache(pools_PSX=pools, entry_size=entry)
+    entry = Entry.of(config)
+    pools = [torch.full((num_blocks, BLOCK, entry.width(4)), 1e4) for _ in range(config.num_hidden_layers)]
+    return PagedCache(pools_PSX=pools, entry=entry)
 
 
 class _Engine:
     """Sequences in scattered blocks; block 0 belongs to nobody, as in vLLM."""
 
-    def __init__(self, attention: Attention, backend: Backend) -> None:
-        self.model = tiny.model(topk=TOPK, seed=2).eval()
+    def __init__(
+        self, attention: Attention, backend: Backend, index_dtype: str = "model", *, num_layers: int = 3
+    ) -> None:
+        self.model = tiny.model(
+            topk=TOPK, seed=2, index_dtype=index_dtype, num_hidden_layers=num_layers
+        ).eval()
         self.attention: Attention = attention
         self.backend = backend
         self.documents = [tiny.tokens(n, seed=n) for n in LENGTHS]
@@ -41,7 +45,9 @@ class _Engine:
         self.cache = _cache(self.model, 1 + len(places))
         self.done = [0] * len(LENGTHS)
 
-    def step(self, counts: dict[int, int]) -> tuple[list[int], torch.Tensor, list[torch.Tensor]]:
+    def step(
+        self, counts: dict[int, int], *, record_kept: bool = True
+    ) -> tuple[list[int], torch.Tensor, list[torch.Tensor]]:
         """Sequences in the order of the pass, hidden states, and kept positions of each layer."""
         order = sorted(counts, key=lambda b: counts[b] != 1)
         starts = [self.done[b] for b in order]
@@ -63,23 +69,33 @@ class _Engine:
             attention=self.attention,
             backend=self.backend,
             max_length=self.table.shape[1] * BLOCK,
-            record_kept=True,
+            record_kept=record_kept,
         )
         tokens = [self.documents[b][s:e] for b, s, e in zip(order, starts, ends, strict=True)]
         with torch.inference_mode():
             hidden = self.model.model(torch.cat(tokens), context)
         for b, end in zip(order, ends, strict=True):
             self.done[b] = end
-        layers = range(self.model.config.num_hidden_layers if self.attention == "sparse" else 0)
+        recorded = record_kept and self.attention == "sparse"
+        layers = range(self.model.config.num_hidden_layers if recorded else 0)
         return order, hidden, [context.kept(layer, TOPK) for layer in layers]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_chunks_and_mixed_passes_are_the_packed_pass(attention: Attention, backend: str) -> None:
-    if backend == "triton" and attention == "dense":
-        pytest.skip("dense attention is torch's own")
-    engine = _Engine(attention, Backend(name=backend, reason="test", dense_rows=False))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("attention", "backend", "index_dtype"),
+    [
+        ("sparse", "torch", "model"),
+        ("sparse", "torch", "e4m3"),
+        pytest.param("sparse", "triton", "model", marks=pytest.mark.slow),
+        pytest.param("sparse", "triton", "e4m3", marks=pytest.mark.slow),
+        ("dense", "torch", "model"),
+    ],
+)
+def test_chunks_and_mixed_passes_are_the_packed_pass(
+    attention: Attention, backend: str, index_dtype: str
+) -> None:
+    chosen = Backend(name=backend, reason="test", dense_rows=False)  # type: ignore[arg-type]
+    engine = _Engine(attention, chosen, index_dtype)
     rng = random.Random(1)
     hidden: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
     kept: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
@@ -111,6 +127,43 @@ def test_chunks_and_mixed_passes_are_the_packed_pass(attention: Attention, backe
             for b, n in enumerate(LENGTHS):
                 rows = torch.cat(kept[b][layer::3])
                 assert torch.equal(rows.long(), record[b, :n]), f"layer {layer}, document {b}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keys_together", "parts"), [(1 << 18, 1), (60, 2)], ids=["all", "some"])
+@pytest.mark.parametrize("dense_rows", [False, True], ids=["kernels alone", "dense rows"])
+def test_prompts_and_chunks_are_scored_by_one_launch(
+    monkeypatch: pytest.MonkeyPatch, dense_rows: bool, keys_together: int, parts: int
+) -> None:
+    """41 tokens after 9, 22 and 3 from the start, one that decodes: 66 rows; in the dense way go 7 of the 22, since the
+    3 would be padded, and of the 41 none, whose keys are not all in the pass."""
+    monkeypatch.setattr(paged_module, "KEYS_TOGETHER", keys_together)
+    seen: list[int] = []
+    topk = index_topk_triton.topk
+
+    def watched(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(len(q))
+        return topk(q, *args, **kwargs)
+
+    monkeypatch.setattr(index_topk_triton, "topk", watched)
+    engine = _Engine(
+        "sparse", Backend(name="triton", reason="test", dense_rows=dense_rows), "e4m3", num_layers=1
+    )
+    engine.documents[1] = tiny.tokens(50, seed=1)
+    engine.documents[2] = tiny.tokens(4, seed=2)
+    engine.table = torch.randperm(60, generator=torch.Generator().manual_seed(0)).int()[:56].view(4, 14) + 1
+    engine.cache = _cache(engine.model, 61)
+    engine.step({1: 9, 2: 3}, record_kept=False)
+    seen.clear()
+    order, out, _ = engine.step({2: 1, 1: 41, 3: 22, 0: 3}, record_kept=False)
+    assert order == [2, 1, 3, 0]
+    assert len(seen) == parts and sum(seen) == 66 - 7 * dense_rows
+    with torch.inference_mode():
+        lengths = [len(document) for document in engine.documents]
+        wanted = engine.model.model(torch.cat(engine.documents), tiny.packed(lengths)).split(lengths)
+    found = out.split([1, 41, 22, 3])
+    for b, rows in zip(order, found, strict=True):
+        torch.testing.assert_close(rows, wanted[b][-len(rows) :], rtol=0, atol=2e-5)
 
 
 def test_a_sequence_reads_blocks_that_the_same_pass_fills() -> None:

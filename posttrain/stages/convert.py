@@ -14,6 +14,7 @@ def run(stage: config.Convert, job: Job) -> Result:
         index_n_heads=stage.index_n_heads,
         index_head_dim=stage.index_head_dim,
         index_hadamard=stage.index_hadamard,
+        index_dtype=stage.index_dtype,
         seed=job.seed,
     )
     for note in report.notes:

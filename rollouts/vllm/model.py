@@ -10,7 +10,7 @@ Shape letters: T tokens, D hidden, V vocabulary, B sequences, M blocks of a sequ
 import itertools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ from posttrain.kernels.backend import Choice
 from posttrain.kernels.invariant import Invariant
 from posttrain.model import checkpoint
 from posttrain.model.context import PackedContext
+from posttrain.model.entry import Entry
 from posttrain.model.paged import NewTokens, PagedCache, PagedContext, paged
 from posttrain.model.weights import Weights, take
 from posttrain.rollouts.vllm import compat
@@ -58,12 +59,12 @@ class DsaForVllm(nn.Module):
         self.backend = self.inner.backend(choice, deterministic=deterministic)
         self.max_length: int = vllm_config.model_config.max_model_len
         config = self.inner.config
-        self.entry_size: int = config.kv_lora_rank + config.qk_rope_head_dim
         layers = vllm_config.compilation_config.static_forward_context
-        index_size = config.index_head_dim if self.attention == "sparse" else 0
-        self.caches = [
-            CacheLayer(self.entry_size + index_size, dtype) for _ in range(config.num_hidden_layers)
-        ]
+        self.entry = Entry.of(config)
+        if self.attention == "dense":
+            self.entry = replace(self.entry, index=0)
+        width = self.entry.width(dtype.itemsize)
+        self.caches = [CacheLayer(width, dtype) for _ in range(config.num_hidden_layers)]
         self.names = [f"model.layers.{i}.self_attn" for i in range(len(self.caches))]
         layers.update(zip(self.names, self.caches, strict=True))
         self.records: Records | None = None
@@ -143,7 +144,7 @@ class DsaForVllm(nn.Module):
                 # Rows that only fill up a captured CUDA graph have slot -1: block 0, which vLLM gives to nobody.
                 slots_T=new.slots_T.clamp(min=0),
             ),
-            PagedCache(pools_PSX=pools, entry_size=self.entry_size),
+            PagedCache(pools_PSX=pools, entry=self.entry),
             attention=self.attention,
             backend=self.backend,
             max_length=min(self.max_length, new.table_BM.shape[1] * block_size),
@@ -168,8 +169,8 @@ class DsaForVllm(nn.Module):
 class CacheLayer(AttentionLayerBase):
     """One layer's place in vLLM's cache."""
 
-    def __init__(self, entry: int, dtype: torch.dtype) -> None:
-        self.entry, self.dtype = entry, dtype
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.width, self.dtype = width, dtype
         self.kv_cache: Tensor | None = None
 
     @property
@@ -183,8 +184,8 @@ class CacheLayer(AttentionLayerBase):
         return Backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """[latent | rotary key | indexer key] per token."""
-        return compat.cache_spec(vllm_config.cache_config.block_size, self.entry, self.dtype)
+        """One entry per token, as numbers of the model's type."""
+        return compat.cache_spec(vllm_config.cache_config.block_size, self.width, self.dtype)
 
 
 @dataclass(slots=True)

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.kernels import dsa, index_topk_triton, paged_mla_triton, reference
+from posttrain.kernels import dsa, e4m3, paged_mla_triton, reference
 from posttrain.kernels.index_topk_triton import key_ranges
 from posttrain.kernels.pages import Pages
+from posttrain.model.context import entry_keys
+from posttrain.model.entry import Entry
 
 KEPT, LATENT, SIZE, INDEX_HEADS, INDEX = 2048, 512, 576, 64, 128
+PLAIN, E4M3 = Entry(latent=SIZE, index=INDEX), Entry(latent=SIZE, index=INDEX, e4m3=True)
 SCALE = SIZE**-0.5
 BLOCK = 64
 LENGTHS = [0, 1, 2047, 2048, 2049, 5000, 33_000, 64]
@@ -21,23 +24,32 @@ def _normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=make, device="cuda", dtype=torch.bfloat16)
 
 
-def _pages(lengths: list[int]) -> Pages:
-    """Blocks scattered over a pool of NaN; the keys of a sequence depend on its length alone."""
+def _entries(length: int, entry: Entry) -> Tensor:
+    """A sequence's entries, which depend on its length alone."""
+    numbers = _normal(length, SIZE + INDEX, seed=length)
+    if not entry.e4m3:
+        return numbers
+    keys = e4m3.pack(numbers[:, SIZE:], entry.stored(2), by_triton=True)
+    return torch.cat((numbers[:, :SIZE], keys), 1)
+
+
+def _pages(lengths: list[int], entry: Entry = PLAIN) -> Pages:
+    """Blocks scattered over a pool of NaN."""
     most = -(-max(lengths) // BLOCK)
     num_blocks = sum(-(-n // BLOCK) for n in lengths)
-    pool = torch.full(
-        (num_blocks + 1, BLOCK, SIZE + INDEX), float("nan"), device="cuda", dtype=torch.bfloat16
-    )
+    width = entry.width(2)
+    pool = torch.full((num_blocks + 1, BLOCK, width), float("nan"), device="cuda", dtype=torch.bfloat16)
     table = torch.full((len(lengths), most), -(2**30), dtype=torch.int32, device="cuda")
     places = iter(torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist())
     for b, length in enumerate(lengths):
-        for m, part in enumerate(_normal(length, SIZE + INDEX, seed=length).split(BLOCK)):
+        for m, part in enumerate(_entries(length, entry).split(BLOCK)):
             if len(part):
                 place = next(places)
                 table[b, m] = place
                 pool[place, : len(part)] = part
     sizes = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-    return Pages(pool[..., :SIZE], pool[..., SIZE:], table, sizes, max(lengths))
+    keys, scale = entry_keys(pool[..., SIZE:], entry)
+    return Pages(pool[..., :SIZE], keys, table, sizes, max(lengths), scale)
 
 
 def _queries(num: int, new: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,9 +61,10 @@ def _decode(pages: Pages, q: Tensor, q_index: Tensor, w: Tensor) -> tuple[Tensor
     return dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=SCALE, value_size=LATENT)
 
 
+@pytest.mark.parametrize("entry", [PLAIN, E4M3], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("new", [1, 3])
-def test_a_step_selects_what_the_packed_kernel_selects(new: int) -> None:
-    pages = _pages(LENGTHS)
+def test_a_step_selects_what_the_packed_kernel_selects(new: int, entry: Entry) -> None:
+    pages = _pages(LENGTHS, entry)
     q, q_index, w = _queries(len(LENGTHS), new, 16)
     _, kept = _decode(pages, q, q_index, w)
     for b, length in enumerate(LENGTHS):
@@ -59,9 +72,9 @@ def test_a_step_selects_what_the_packed_kernel_selects(new: int) -> None:
             assert (kept[b] == -1).all()
             continue
         ends = (length - new + 1 + torch.arange(new)).clamp(min=0)
-        keys = _normal(length, SIZE + INDEX, seed=length)[:, SIZE:].contiguous()
+        keys, scale = entry_keys(_entries(length, entry)[:, SIZE:], entry)
         ranges = key_ranges(torch.zeros_like(ends), ends, "cuda")
-        packed = index_topk_triton.topk(q_index[b], keys, w[b], ranges, KEPT)
+        packed = dsa.select(dsa.Index(q_index[b], keys, w[b], scale), ranges, KEPT)
         assert torch.equal(kept[b], packed), f"sequence of {length}"
 
 
@@ -82,17 +95,21 @@ def test_a_step_errs_no_more_than_bf16_in_torch(heads: int) -> None:
     assert (ours_error.mean((1, 2, 3)) <= 2 * plain_error.mean((1, 2, 3)) + 1e-6).all()
 
 
-def test_a_rows_bits_do_not_depend_on_its_batch() -> None:
-    q, q_index, w = _queries(len(LENGTHS), 1, 128)
-    out, kept = _decode(_pages(LENGTHS), q, q_index, w)
-    for b in (4, 5):
+@pytest.mark.parametrize("heads", [64, 128])
+def test_a_rows_bits_do_not_depend_on_its_batch(heads: int) -> None:
+    """64 sequences: programs that take several parts one after another; one: each part by itself."""
+    many = LENGTHS * 8
+    q, q_index, w = _queries(len(many), 1, heads)
+    out, kept = _decode(_pages(many), q, q_index, w)
+    for b in (4, 5, 11, 62):
         mine = slice(b, b + 1)
-        alone, kept_alone = _decode(_pages([LENGTHS[b]]), q[mine], q_index[mine], w[mine])
+        alone, kept_alone = _decode(_pages([many[b]]), q[mine], q_index[mine], w[mine])
         assert torch.equal(kept_alone, kept[mine]) and torch.equal(alone, out[mine])
 
 
-def test_one_captured_graph_serves_all_lengths() -> None:
-    pages = _pages(LENGTHS)
+@pytest.mark.parametrize("entry", [PLAIN, E4M3], ids=["bf16", "e4m3"])
+def test_one_captured_graph_serves_all_lengths(entry: Entry) -> None:
+    pages = _pages(LENGTHS, entry)
     q, q_index, w = _queries(len(LENGTHS), 1, 64)
     _decode(pages, q, q_index, w)  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -23,10 +23,19 @@ if importlib.util.find_spec("vllm"):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny sparse checkpoint that keeps 7 keys; it has opinions: its log-probs are far from uniform."""
-    model = tiny.model(topk=7, seed=2)
+    return _opinionated(tmp_path_factory.mktemp("sparse"))
+
+
+@pytest.fixture(scope="session")
+def e4m3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with index scores in e4m3."""
+    return _opinionated(tmp_path_factory.mktemp("e4m3"), index_dtype="e4m3")
+
+
+def _opinionated(path: Path, **changes: Any) -> Path:
+    model = tiny.model(topk=7, seed=2, **changes)
     with torch.no_grad():
         model.lm_head.weight *= 4
-    path = tmp_path_factory.mktemp("sparse")
     checkpoint.save(model, path, tokenizer.build())
     return path
 

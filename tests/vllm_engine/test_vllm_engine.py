@@ -98,6 +98,25 @@ def test_logprobs_and_selections_are_the_learners(
     _check_records(learner, rollouts)
 
 
+@pytest.mark.parametrize("name", ["whole prompts", "shared prefixes, chunks", "preempted, shared, chunks"])
+def test_e4m3_scores_select_as_the_learners_do(
+    e4m3_folder: Path, folder: Path, open_engine: OpenEngine, name: str
+) -> None:
+    """The same bounds; and a model that did not round would have given other log-probs."""
+    limits, learner = VARIANTS[name], checkpoint.load(e4m3_folder)
+    engine = open_engine(e4m3_folder, limits)
+    rollouts = engine.generate(
+        _requests(16), Sampling(ignore_eos=True, record_kept=True, record_experts=True)
+    )
+    assert (engine.num_preempted > 0) == (limits.cache_bytes < 1 << 20)
+    assert (engine.num_prefix_hits > 0) == limits.prefix_cache
+    gaps = _gaps(learner, rollouts)
+    print(f"mean {gaps.mean():.1e}, max {gaps.max():.1e}, {len(gaps)} tokens")
+    assert gaps.mean() <= MEAN and gaps.max() <= LARGEST
+    _check_records(learner, rollouts)
+    assert _gaps(checkpoint.load(folder), rollouts).mean() > 1e-3
+
+
 def test_the_same_seeds_give_the_torch_engines_samples(
     folder: Path, learner: DeepseekV32ForCausalLM, open_engine: OpenEngine
 ) -> None:
