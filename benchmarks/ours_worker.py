@@ -76,7 +76,12 @@ def _remote(spec: worker.Spec, stack: ExitStack) -> Side:
     cfg = config.Run.model_validate(
         {
             "name": "vs-trl",
-            "cluster": {"device": spec.device, "dtype": spec.dtype, "threads": spec.threads},
+            "cluster": {
+                "device": spec.device,
+                "dtype": spec.dtype,
+                "threads": spec.threads,
+                "sharding": {"recompute": spec.recompute},
+            },
             "rollouts": {"engine": engine},
             "stages": [{"name": "export", "kind": "export", "source": spec.checkpoint}],
         }
@@ -115,6 +120,7 @@ def _setup(spec: worker.Spec) -> Setup:
         optimizer=config.Optimizer(lr=spec.lr, betas=spec.betas),
         total_steps=spec.total_steps,
         train=frozenset({"model"}),
+        sharding=config.Sharding(recompute=spec.recompute),
         device=spec.device,
         dtype=spec.dtype,
         seed=spec.seed,

@@ -99,8 +99,7 @@ def _config(spec: worker.Spec, out: str) -> trl.GRPOConfig:
         use_cpu=not on_gpu,
         model_init_kwargs={"dtype": spec.dtype},
         bf16=on_gpu,  # products alone, by autocast: the default
-        # Saves memory for time, which a model of this size does not need.
-        gradient_checkpointing=False,
+        gradient_checkpointing=spec.recompute,
         per_device_train_batch_size=spec.micro_batch,
         gradient_accumulation_steps=passes,
         num_generations=spec.group_size,

@@ -60,6 +60,7 @@ def main() -> None:
     report |= {
         "size": asdict(size),
         "trl_dtype": args.trl_dtype,
+        "recompute": args.recompute,
         "gpu": _gpu("name") if size.device == "cuda" else None,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
         "versions": {},
@@ -122,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         default="float32",
         help="of TRL's weights; float32 is its default, bfloat16 rounds small updates away",
+    )
+    options.add_argument(
+        "--recompute",
+        action="store_true",
+        help="gradient checkpointing on both sides: TRL's default, which saves memory for time",
     )
     options.add_argument(
         "--huge-pages", action="store_true", help="let TRL have huge pages too, as our actors do"
@@ -224,6 +230,7 @@ def _spec(
         rollouts=side.rollouts,
         micro_batch=size.micro_batch,
         tokens_per_batch=4096 if on_cpu else size.micro_batch * longest,  # on a CPU our default
+        recompute=args.recompute,
         max_rows=256 if on_cpu else size.tasks_per_step * size.group_size,
         longest=longest,
     )

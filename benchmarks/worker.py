@@ -48,6 +48,8 @@ class Spec:
     """Sequences of one forward and backward pass of TRL."""
     tokens_per_batch: int
     """Tokens of one of ours, prompts counted for every completion."""
+    recompute: bool
+    """Keep the input of each layer alone for the backward pass."""
     max_rows: int
     """Sequences that we decode at the same time."""
     longest: int
