@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--trl-python", help="an interpreter that has TRL; by default an environment is made"
     )
+    options.set_defaults(own_trl=False)
     options.add_argument(
         "--trl-dtype",
         choices=("float32", "bfloat16"),
