@@ -110,7 +110,7 @@ def _cache_bytes(spec: worker.Spec) -> int:
     assert shape is not None, "we wrote it"
     wave = min(spec.max_rows, spec.completions) * (spec.longest + 16)
     tokens = max(wave, checkpoint.max_length(spec.checkpoint)) + 16
-    return tokens * shape.num_hidden_layers * shape.entry_size * BYTES[spec.dtype]
+    return tokens * shape.num_hidden_layers * shape.entry_bytes(BYTES[spec.dtype])
 
 
 def _setup(spec: worker.Spec) -> Setup:
