@@ -111,9 +111,10 @@ def _learner(pipe: Connection, args: argparse.Namespace) -> list[dict[str, Any]]
                 continue
             syncs = args.syncs if way in ("ipc", "broadcast") else max(WARM + 2, args.syncs // 10)
             rows.append(_way(way, sender, audience, model, pipe, syncs))
+            print(json.dumps(rows[-1]), flush=True)
             if way == "ipc":
                 rows.append(_cut(sender, audience, model, pipe))
-            print(json.dumps(rows[-1]), flush=True)
+                print(json.dumps(rows[-1]), flush=True)
             sender.close()
     return rows
 
