@@ -1,7 +1,9 @@
 """What a query adds to its entries in the backward pass of sparse attention, on Hopper: in Gluon.
 
 The kernel `_dkv_kernel` of sparse_mla_backward_triton.py with the order of work written down: while the tensor
-cores multiply a tile, the gradients of the tile before it leave for memory, and the tile after it arrives. Compiled only, as sparse_mla_gluon.py. Next: README.md.
+cores multiply a tile, the gradients of the tile before it leave for memory, and the tile after it arrives. With few heads
+two neighbouring queries go together (merge_triton.py), so that fewer gradients leave. Compiled only, as
+sparse_mla_gluon.py. Next: README.md.
 
 Shape letters as in sparse_mla_triton.py.
 """

@@ -29,7 +29,7 @@ TILE = 64
 WARPS = 8
 PRODUCER_WARPS = gl.constexpr(4)
 PRODUCER_REGISTERS = gl.constexpr(56)
-"""Per thread; the warps that multiply share the rest, 224. Neither spills."""
+"""Per thread; the warps that multiply have 224. Neither spills in its loop over tiles."""
 
 
 @gluon.constexpr_function
@@ -76,37 +76,17 @@ def _producer(
     k_smem, k_rot_smem, full, empty,
     R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Copy one tile after another into the buffers that are handed back. Places are counted in units of numbers."""
+    """Copy one tile after another into the buffers that are handed back; `unit` numbers are one row or stride."""
     wide: gl.constexpr = gl.SliceLayout(1, row_layout(R, 8, gl.num_warps()))
     narrow: gl.constexpr = gl.SliceLayout(1, row_layout(P, 8, gl.num_warps()))
     for tile in range(tiles):
         buffer = tile % 2
         rows_wide = _rows(
-            slots_row,
-            tile * BK,
-            num_slots,
-            stand_in,
-            K,
-            table_row,
-            stride_block,
-            stride_token,
-            BK,
-            PAGE,
-            wide,
-        )
+            slots_row, tile * BK, num_slots, stand_in, K, table_row, stride_block, stride_token, BK, PAGE, wide
+        )  # fmt: skip
         rows_narrow = _rows(
-            slots_row,
-            tile * BK,
-            num_slots,
-            stand_in,
-            K,
-            table_row,
-            stride_block,
-            stride_token,
-            BK,
-            PAGE,
-            narrow,
-        )
+            slots_row, tile * BK, num_slots, stand_in, K, table_row, stride_block, stride_token, BK, PAGE, narrow
+        )  # fmt: skip
         mbarrier.wait(empty.index(buffer), (tile // 2 + 1) % 2)
         _copy(kv_ptr, unit, rows_wide, rows_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
         async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
