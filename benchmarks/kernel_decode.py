@@ -1,15 +1,15 @@
 """The decoding part of kernel_layers.py: index scores, top-k and sparse attention of one new token per sequence.
 
 The cache is that of the product: blocks of 64 tokens scattered over one pool, a token's numbers [entry | index key] in
-bf16. A step is timed as a CUDA graph. The bound is the sum, over scores and attention, of the larger of bytes / 4.3 TB/s and
-FLOP / 805 TFLOP/s (an H200's); an H100 has less memory bandwidth, so what this card copies is printed as well. The peers keep
-e4m3 caches: half the bytes.
+bf16, and again with index keys in e4m3. A step is timed as a CUDA graph. The bound is the sum, over scores and attention, of the larger of bytes / 4.3 TB/s and
+FLOP / 805 TFLOP/s (an H200's), in bf16; an H100 has less memory bandwidth, so what this card copies is printed as well. The
+peers keep e4m3 caches, entries included: half the bytes.
 
 Shape letters: B sequences, P blocks, S tokens of a block, M blocks of a sequence, H heads, J indexer heads, K kept.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import kernel_peers as peers
@@ -17,8 +17,9 @@ import torch
 from kernel_cases import DEVICE, Gate, Geometry, Table, length_name, normal
 from torch import Tensor
 
-from posttrain.kernels import dsa, fp8_triton, paged_index_topk_triton, paged_mla_triton, reference
+from posttrain.kernels import dsa, e4m3, fp8_triton, paged_index_topk_triton, paged_mla_triton, reference
 from posttrain.kernels.pages import Pages
+from posttrain.model.entry import Entry
 
 Run = Callable[[], Any]
 BATCH, BLOCK = 64, 64
@@ -60,6 +61,11 @@ def decode(size: Geometry, heads: Sequence[int], lengths: Sequence[int]) -> dict
             attend = graphed(lambda problem=problem, kept=kept: _attend(problem, kept))
             table.add("attention", attend, 0.0)
             table.add("step", graphed(problem.step), 0.0)
+            from_e4m3 = replace(problem, pages=_with_e4m3(problem.pages))
+            report[f"gate H={num_heads}, e4m3"] = _check(from_e4m3)
+            table.add("scores + top-k, e4m3", graphed(lambda problem=from_e4m3: _select(problem)), 0.0)
+            table.add("step, e4m3", graphed(from_e4m3.step), 0.0)
+            del from_e4m3
             _time_peers(table, problem, kept)
             report[table.name] = {"rows": table.rows, "bounds_ms": bounds, "failed": table.failed}
             _compare(table, bounds)
@@ -125,8 +131,22 @@ def _problem(size: Geometry, heads: int, length: int) -> Problem:
     )
 
 
+def _with_e4m3(pages: Pages) -> Pages:
+    """The same cache with its index keys in e4m3."""
+    entry = Entry(latent=pages.entries_PSE.shape[2], index=pages.index_PSI.shape[2], e4m3=True)
+    stored = entry.stored(pages.entries_PSE.element_size())
+    keys_PSX = e4m3.pack(pages.index_PSI, stored, by_triton=True)
+    pool_PSX = torch.cat((pages.entries_PSE, keys_PSX), -1)
+    keys_PSI, scale_PS = e4m3.unpack(pool_PSX[..., entry.latent :], entry.index)
+    entries_PSE = pool_PSX[..., : entry.latent]
+    return replace(pages, entries_PSE=entries_PSE, index_PSI=keys_PSI, scale_PS=scale_PS)
+
+
 def _select(problem: Problem) -> Tensor:
-    return paged_index_topk_triton.topk(problem.q_index_B1JI, problem.w_B1J, problem.pages, problem.size.kept)
+    q, w = problem.q_index_B1JI, problem.w_B1J
+    if problem.pages.scale_PS is not None:
+        q, w = fp8_triton.quantize_e4m3(q, weight=w)
+    return paged_index_topk_triton.topk(q, w, problem.pages, problem.size.kept)
 
 
 def _attend(problem: Problem, kept: Tensor) -> Any:
@@ -138,11 +158,14 @@ def _check(problem: Problem) -> dict[str, Any]:
     """Of the first two sequences: the kept keys by fp32 scores, the output by fp64."""
     size, pages, rows = problem.size, problem.pages, slice(0, 2)
     out, kept = problem.step()
-    length = pages.max_length
+    length, q_index = pages.max_length, problem.q_index_B1JI[rows]
     index, entries = (
         reference.paged(pool, pages.table_BM[rows], length) for pool in (pages.index_PSI, pages.entries_PSE)
     )
-    dot = problem.q_index_B1JI[rows].float() @ index.float()[:, None].transpose(2, 3)  # [B, 1, J, L]
+    if pages.scale_PS is not None:
+        scale_B1 = reference.paged(pages.scale_PS[..., None], pages.table_BM[rows], length)
+        q_index, index = reference.round_e4m3(q_index), index.float() * scale_B1
+    dot = q_index.float() @ index.float()[:, None].transpose(2, 3)  # [B, 1, J, L]
     scores = (dot.relu() * problem.w_B1J[rows][..., None]).sum(2)
     best = scores.topk(size.kept).indices
     hit = torch.zeros_like(scores).scatter_(-1, best, 1.0).gather(-1, kept[rows].long())

@@ -4,7 +4,7 @@ Scores: I[t, s] = sum_j w[t, j] ReLU(q[t, j] . k[s]), V3.2-Exp Eq. 1, from bf16 
 holds a tile of keys and walks over queries, with keys as rows of the product and heads as columns, so that the
 weighted sum over heads stays inside a thread; the other programs of a multiprocessor multiply meanwhile. Tiles
 that no query may see, or whose queries keep every key, are left out. What is stored are integers in the
-order of the scores. Those of one chunk stay in the L2 cache until topk_triton.py has read them.
+order of the scores. Most of a chunk's are in the L2 cache still when topk_triton.py reads them.
 
 A score depends on its query and key alone, and the order of its sum on the shapes alone: the same bits in every batch,
 chunk and launch. -0.0 counts as 0.0, NaN as the lowest score, ties go to the lowest index. Definition:
@@ -25,8 +25,8 @@ from posttrain.kernels import topk_triton
 from posttrain.kernels.lanes import Lanes, send
 from posttrain.kernels.product_triton import block, dot, interpreted
 
-CHUNK_BYTES = 24 << 20
-"""Scores of one chunk of queries: two of them stay in an H200's L2 cache."""
+CHUNK_BYTES = 44 << 20
+"""Scores of one chunk of queries: 88 rows of 131,072 keys, so that two chunks keep every multiprocessor selecting."""
 WIDE_CHUNK_BYTES = 64 << 20
 """Scores of one wide chunk: 128 queries of 131,072 keys."""
 WIDE_CHUNK_STEP = 128
@@ -54,7 +54,7 @@ class Shape:
 
 SHAPE = Shape()
 E4M3_SHAPE = Shape(queries=32, columns=64, warps=4)
-"""Other shapes lose up to a fifth. A score's bits are the same in all of them: a head's place in the sum is."""
+"""Either loses up to a fifth with the other's type. A score has the same bits in all shapes (benchmarks/topk_shapes.py)."""
 
 
 @dataclass(frozen=True)

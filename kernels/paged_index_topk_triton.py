@@ -2,9 +2,10 @@
 
 A program scores SPAN keys of a sequence, found through the block table, with the very tile that
 index_topk_triton.py scores with, and the same top-k follows, so that a step selects what the packed training
-kernels select, bit for bit, in any batch, from bf16 or from e4m3. No length is read on the host: the grid is that of the longest
-sequence allowed, and the calls can be captured in a CUDA graph. Definition: reference.paged with
-reference.index_scores and reference.select_topk. Next: pages.py, paged_mla_triton.py.
+kernels select, bit for bit, in any batch, from bf16 or from e4m3. No length is read on the host: the grid is that of the
+longest sequence allowed, the kernel itself writes down which keys a token sees, and the calls can be captured in a CUDA
+graph. Definition: reference.paged with reference.index_scores and reference.select_topk. Next: pages.py,
+paged_mla_triton.py.
 
 Shape letters: B sequences, Q new tokens of each, N = B Q, P blocks in the pool, S tokens of a block, M blocks of
 a sequence, J indexer heads, I indexer head size, K kept.

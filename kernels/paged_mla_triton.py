@@ -2,10 +2,11 @@
 
 The kept entries of a row are cut into parts of a fixed size, so that one sequence can keep a whole GPU busy; a
 second kernel puts the parts together in ascending order. On Hopper the parts are the Gluon kernel's of
-sparse_mla_gluon.py, of which one program takes several where the batch fills the GPU. The size is an argument, never a matter of the batch:
-a row's bits do not depend on what is decoded beside it. Nothing is read on the host, so a step can be captured
-in a CUDA graph. Entries that are not kept, unused blocks and unused table entries are never read. Definition:
-reference.paged with reference.sparse_mla. Next: sparse_mla_triton.py, ../model/decode.py.
+sparse_mla_gluon.py: where the batch fills the GPU, a program takes several of them, and puts them together if it has all.
+The size is an argument, never a matter of the batch, and every rounding is written down: a row's bits do not depend on
+what is decoded beside it. Nothing is read on the host, so a step can be captured in a CUDA graph. Entries that are not
+kept, unused blocks and unused table entries are never read. Definition: reference.paged with reference.sparse_mla. Next:
+sparse_mla_triton.py, ../model/decode.py.
 
 Shape letters: B sequences, Q new tokens of each, N = B Q, P blocks in the pool, S tokens of a block, M blocks of
 a sequence, H heads, E entry size = R + rotary, R latent (value) size, K kept, C parts.

@@ -1,7 +1,9 @@
 """What a query adds to its entries in the backward pass of sparse attention, on Hopper: in Gluon.
 
 The kernel `_dkv_kernel` of sparse_mla_backward_triton.py with the order of work written down: while the tensor
-cores multiply a tile, the gradients of the tile before it leave for memory, and the tile after it arrives. Compiled only, as sparse_mla_gluon.py. Next: README.md.
+cores multiply a tile, the gradients of the tile before it leave for memory, and the tile after it arrives. With few heads
+two neighbouring queries go together (merge_triton.py), so that fewer gradients leave. Compiled only, as
+sparse_mla_gluon.py. Next: README.md.
 
 Shape letters as in sparse_mla_triton.py.
 """
@@ -134,6 +136,24 @@ def _copy_pair(
 
 
 @gluon.jit
+def _load_query(
+    q_ptr, do_ptr, row, kept, column, smem,
+    H: gl.constexpr, R: gl.constexpr, E: gl.constexpr, BC: gl.constexpr, VALUE: gl.constexpr,
+):  # fmt: skip
+    """Start the copy of BC columns of Q | dO. Of a query that keeps nothing nothing is read: it may hold anything."""
+    layout: gl.constexpr = row_layout(BC, 8, gl.num_warps())
+    h = gl.arange(0, H, layout=gl.SliceLayout(1, layout))
+    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, layout))
+    head = row * H + h
+    mask = ((h >= 0)[:, None] & (c >= 0)[None, :]) & (kept > 0)
+    q_at = q_ptr + head[:, None] * E + c[None, :]
+    async_copy.async_copy_global_to_shared(smem.slice(0, H, 0), q_at, mask=mask)
+    if VALUE:
+        do_at = do_ptr + head[:, None] * R + c[None, :]
+        async_copy.async_copy_global_to_shared(smem.slice(H, H, 0), do_at, mask=mask)
+
+
+@gluon.jit
 def _multiply(work_smem, buffer: gl.constexpr, q_do_smem, zero):
     """Gradients of a tile's entries, of both queries."""
     grad = warpgroup_mma(work_smem.index(2 * buffer), q_do_smem.index(0), zero, use_acc=False, is_async=True)
@@ -149,7 +169,6 @@ def dkv_merged_kernel(
     """dkv_kernel for two queries at once: an entry that both keep is added to once."""
     E: gl.constexpr = R + P
     W: gl.constexpr = 2 * H if VALUE else H
-    U: gl.constexpr = 2 * K
     BLOCKS: gl.constexpr = (R if VALUE else P) // BC
     WARPS: gl.constexpr = gl.num_warps()
     out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BC // (WARPS // 4), 16])
@@ -158,24 +177,16 @@ def dkv_merged_kernel(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     pair = (gl.program_id(0) // BLOCKS).to(gl.int64)
     column = (0 if VALUE else R) + gl.program_id(0) % BLOCKS * BC
-    slots_row = slots_ptr + pair * U
-    places_row = places_ptr + pair * U
+    slots_row, places_row = slots_ptr + pair * (2 * K), places_ptr + pair * (2 * K)
     work_pair = work_ptr + 2 * pair * (K * 2 * H)
     num = gl.load(num_ptr + pair)
 
-    head_rows: gl.constexpr = row_layout(BC, 8, WARPS)
-    h = gl.arange(0, H, layout=gl.SliceLayout(1, head_rows))
-    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, head_rows))
     q_do_smem = gl.allocate_shared_memory(dtype, [2, W, BC], smem)
     for which in gl.static_range(2):
-        # of a query that keeps nothing nothing is read: what it holds may be anything
-        mask = ((h >= 0)[:, None] & (c >= 0)[None, :]) & (gl.load(kept_ptr + 2 * pair + which) > 0)
-        head = (first_row + 2 * pair + which) * H + h
-        q_at = q_ptr + head[:, None] * E + c[None, :]
-        async_copy.async_copy_global_to_shared(q_do_smem.index(which).slice(0, H, 0), q_at, mask=mask)
-        if VALUE:
-            do_at = do_ptr + head[:, None] * R + c[None, :]
-            async_copy.async_copy_global_to_shared(q_do_smem.index(which).slice(H, H, 0), do_at, mask=mask)
+        kept = gl.load(kept_ptr + 2 * pair + which)
+        _load_query(
+            q_ptr, do_ptr, first_row + 2 * pair + which, kept, column, q_do_smem.index(which), H, R, E, BC, VALUE
+        )  # fmt: skip
     work_rows: gl.constexpr = row_layout(W, 8, WARPS)
     places: gl.constexpr = gl.SliceLayout(1, work_rows)
     work_smem = gl.allocate_shared_memory(dtype, [4, BK, W], smem)  # of two tiles two queries each

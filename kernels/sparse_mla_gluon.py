@@ -29,7 +29,7 @@ TILE = 64
 WARPS = 8
 PRODUCER_WARPS = gl.constexpr(4)
 PRODUCER_REGISTERS = gl.constexpr(56)
-"""Per thread; the warps that multiply share the rest, 224. Neither spills."""
+"""Per thread; the warps that multiply have 224. Neither spills in its loop over tiles."""
 
 
 @gluon.constexpr_function
@@ -71,76 +71,25 @@ def _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.cons
 
 
 @gluon.jit
-def _fetch(
-    kv_ptr, unit, slots_row, start, num_slots, stand_in, K, table_row, stride_block, stride_token,
-    R: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
-):  # fmt: skip
-    """Have a tile of entries brought to the L2 cache: two buffers are too few to hide how far memory is."""
-    LINES: gl.constexpr = R // 64
-    lines: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LINES, LINES], [gl.num_warps(), 1], [1, 0])
-    rows = _rows(
-        slots_row, start, num_slots, stand_in, K, table_row, stride_block, stride_token, BK, PAGE,
-        gl.SliceLayout(1, lines),
-    )  # fmt: skip
-    entry = kv_ptr + rows.to(gl.int64) * unit
-    line = 64 * gl.arange(0, LINES, layout=gl.SliceLayout(0, lines))
-    _fetch_lines(entry[:, None] + line[None, :])
-    _fetch_lines(entry + R)  # the rotary part
-
-
-@gluon.jit
-def _fetch_lines(at):
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _producer(
     kv_ptr, unit, slots_row, num_slots, stand_in, tiles, K, table_row, stride_block, stride_token,
     k_smem, k_rot_smem, full, empty,
     R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Copy one tile after another into the buffers that are handed back. Places are counted in units of numbers."""
+    """Copy one tile after another into the buffers that are handed back; `unit` numbers are one row or stride."""
     wide: gl.constexpr = gl.SliceLayout(1, row_layout(R, 8, gl.num_warps()))
     narrow: gl.constexpr = gl.SliceLayout(1, row_layout(P, 8, gl.num_warps()))
     for tile in range(tiles):
         buffer = tile % 2
         rows_wide = _rows(
-            slots_row,
-            tile * BK,
-            num_slots,
-            stand_in,
-            K,
-            table_row,
-            stride_block,
-            stride_token,
-            BK,
-            PAGE,
-            wide,
-        )
+            slots_row, tile * BK, num_slots, stand_in, K, table_row, stride_block, stride_token, BK, PAGE, wide
+        )  # fmt: skip
         rows_narrow = _rows(
-            slots_row,
-            tile * BK,
-            num_slots,
-            stand_in,
-            K,
-            table_row,
-            stride_block,
-            stride_token,
-            BK,
-            PAGE,
-            narrow,
-        )
+            slots_row, tile * BK, num_slots, stand_in, K, table_row, stride_block, stride_token, BK, PAGE, narrow
+        )  # fmt: skip
         mbarrier.wait(empty.index(buffer), (tile // 2 + 1) % 2)
         _copy(kv_ptr, unit, rows_wide, rows_narrow, k_smem.index(buffer), k_rot_smem.index(buffer), R, P)
         async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
-        if PAGE > 0:
-            if tile + 2 < tiles:
-                _fetch(
-                    kv_ptr, unit, slots_row, (tile + 2) * BK, num_slots, stand_in, K, table_row, stride_block,
-                    stride_token, R, BK, PAGE,
-                )  # fmt: skip
 
 
 @gluon.jit

@@ -164,7 +164,7 @@ LAUNCHES: dict[str, Launch] = {
         f"decoding, {h} heads, {new} new, {n} sequences": Launch(
             # 64 sequences of 128 heads: where parts are put together, outside the loop over tiles
             call=lambda h=h, new=new, n=n: _decode(h, new, n),
-            spill=112 if (h, n) == (128, 64) else 16,
+            spill=128 if (h, n) == (128, 64) else 16,
         )
         for h, new, n in ((128, 1, 16), (64, 2, 16), (16, 1, 16), (128, 1, 64), (64, 1, 64))
     },

@@ -148,6 +148,20 @@ def test_a_query_has_the_same_bits_alone_in_a_pack_and_in_another_chunk(
             assert torch.equal(alone[name][0], together[name][row]), name
 
 
+def test_merged_gradients_of_entries_are_those_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours that share most entries, an odd last query, an empty row of NaN beside one that is not."""
+    num, heads, keys = 41, 64, 3000
+    q, kv = _normal(num, heads, SIZE, seed=0), _normal(keys, SIZE, seed=1)
+    do, slots = _normal(num, heads, LATENT, seed=2), _slots(num, keys)
+    q[3], do[3] = float("nan"), float("nan")
+    slots[2] = slots[8]
+    merged = _ours(q, kv, slots, do, deterministic=False)
+    monkeypatch.setattr(backward.gluon, "MERGED_HEADS", 0)
+    plain = _ours(q, kv, slots, do, deterministic=False)
+    assert plain["dkv"].isfinite().all() and torch.equal(merged["dq"], plain["dq"])
+    assert (merged["dkv"] - plain["dkv"]).norm() <= 1e-5 * plain["dkv"].norm()
+
+
 def test_offsets_beyond_2_to_the_31_and_more_queries_than_a_grid_has_rows() -> None:
     heads, num = 128, 70_000  # 5.2e9 numbers in q
     q = torch.zeros(num, heads, SIZE, device="cuda", dtype=torch.bfloat16)
