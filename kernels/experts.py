@@ -59,6 +59,7 @@ class _Experts(torch.autograd.Function):
             torch.sum(h * dh, -1, out=dweight_S[rows])
             torch.mm(h.mul_(weight).t(), dout, out=ddown_XFD[expert])
             dh.mul_(weight)
+            # Needed no more, their place takes their gradients; a second pass backward is an error of autograd's.
             dgate_up = gate_up_SF[rows]
             torch.ops.aten.silu_backward.grad_input(dh * up, gate, grad_input=gate)
             torch.mul(dh, silu, out=up)

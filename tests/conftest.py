@@ -28,3 +28,19 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan") if out.is_floating_point() else -1)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def selected_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Queries of every launch of the packed selection, as they come."""
+    from posttrain.kernels import index_topk_triton  # after the environment above is set
+
+    rows: list[int] = []
+    topk = index_topk_triton.topk
+
+    def watched(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        rows.append(len(q))
+        return topk(q, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index_topk_triton, "topk", watched)
+    return rows

@@ -1,13 +1,12 @@
 """The model on a paged cache, in chunks and mixed passes, is the model on the packed documents."""
 
 import random
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import tiny
 import torch
 
-from posttrain.kernels import index_topk_triton
 from posttrain.kernels.backend import Backend
 from posttrain.model import paged as paged_module
 from posttrain.model.arch import DeepseekV32ForCausalLM
@@ -133,19 +132,15 @@ def test_chunks_and_mixed_passes_are_the_packed_pass(
 @pytest.mark.parametrize(("keys_together", "parts"), [(1 << 18, 1), (60, 2)], ids=["all", "some"])
 @pytest.mark.parametrize("dense_rows", [False, True], ids=["kernels alone", "dense rows"])
 def test_prompts_and_chunks_are_scored_by_one_launch(
-    monkeypatch: pytest.MonkeyPatch, dense_rows: bool, keys_together: int, parts: int
+    monkeypatch: pytest.MonkeyPatch,
+    selected_rows: list[int],
+    dense_rows: bool,
+    keys_together: int,
+    parts: int,
 ) -> None:
     """41 tokens after 9, 22 and 3 from the start, one that decodes: 66 rows; in the dense way go 7 of the 22, since the
     3 would be padded, and of the 41 none, whose keys are not all in the pass."""
     monkeypatch.setattr(paged_module, "KEYS_TOGETHER", keys_together)
-    seen: list[int] = []
-    topk = index_topk_triton.topk
-
-    def watched(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(len(q))
-        return topk(q, *args, **kwargs)
-
-    monkeypatch.setattr(index_topk_triton, "topk", watched)
     engine = _Engine(
         "sparse", Backend(name="triton", reason="test", dense_rows=dense_rows), "e4m3", num_layers=1
     )
@@ -154,10 +149,10 @@ def test_prompts_and_chunks_are_scored_by_one_launch(
     engine.table = torch.randperm(60, generator=torch.Generator().manual_seed(0)).int()[:56].view(4, 14) + 1
     engine.cache = _cache(engine.model, 61)
     engine.step({1: 9, 2: 3}, record_kept=False)
-    seen.clear()
+    selected_rows.clear()
     order, out, _ = engine.step({2: 1, 1: 41, 3: 22, 0: 3}, record_kept=False)
     assert order == [2, 1, 3, 0]
-    assert len(seen) == parts and sum(seen) == 66 - 7 * dense_rows
+    assert len(selected_rows) == parts and sum(selected_rows) == 66 - 7 * dense_rows
     with torch.inference_mode():
         lengths = [len(document) for document in engine.documents]
         wanted = engine.model.model(torch.cat(engine.documents), tiny.packed(lengths)).split(lengths)

@@ -4,29 +4,16 @@ import dataclasses
 from typing import Any
 
 import pytest
+import real
 import torch
 
 from posttrain.kernels.backend import TORCH, Backend
-from posttrain.model.arch import DeepseekV32Config, DeepseekV32ForCausalLM, target_logprobs
+from posttrain.model.arch import DeepseekV32ForCausalLM, target_logprobs
 from posttrain.model.context import PackedContext
 
 TRITON = Backend(name="triton", reason="test", dense_rows=False)
 LENGTHS = [3000, 1, 700, 2049]
 """Longer and shorter than the 2048 kept entries."""
-
-
-def _model() -> DeepseekV32ForCausalLM:
-    torch.manual_seed(0)
-    config = DeepseekV32Config(
-        vocab_size=512, hidden_size=512, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=64, num_key_value_heads=64, n_shared_experts=1, n_routed_experts=4,
-        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2, kv_lora_rank=512,
-        q_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        max_position_embeddings=32768, initializer_range=0.05, index_topk=2048, index_n_heads=64,
-        index_head_dim=128, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    model: Any = DeepseekV32ForCausalLM(config)
-    return model.to(device="cuda", dtype=torch.bfloat16)  # type: ignore[no-any-return]
 
 
 def _run(model: DeepseekV32ForCausalLM, backend: Backend, **options: Any) -> dict[str, torch.Tensor]:
@@ -55,7 +42,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("dense_rows", [False, True])
 def test_the_kernels_err_at_most_twice_as_much_as_torch_in_bf16(loss: str, dense_rows: bool) -> None:
     """Errors against torch in fp32. Without experts: a token that rounding sends to another one says nothing."""
-    model = _model()
+    model = real.model()
     rough = _run(model, TORCH, indexer_loss=loss)
     ours = _run(model, dataclasses.replace(TRITON, dense_rows=dense_rows), indexer_loss=loss)
     exact = _run(model.float(), TORCH, indexer_loss=loss)
@@ -69,7 +56,7 @@ def test_the_kernels_err_at_most_twice_as_much_as_torch_in_bf16(loss: str, dense
 
 
 def test_warmup_agrees() -> None:
-    model = _model()
+    model = real.model()
     wanted, ours = (_run(model, b, attention="dense", indexer_loss="dense") for b in (TORCH, TRITON))
     far = {name: d for name in wanted if (d := _distance(ours[name], wanted[name])) > 0.05}
     assert not far, far
@@ -77,7 +64,7 @@ def test_warmup_agrees() -> None:
 
 def test_a_deterministic_step_has_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    model, exact = _model(), dataclasses.replace(TRITON, deterministic=True)
+    model, exact = real.model(), dataclasses.replace(TRITON, deterministic=True)
     torch.use_deterministic_algorithms(True)
     try:
         first = _run(model, exact, indexer_loss="sparse")
@@ -89,7 +76,7 @@ def test_a_deterministic_step_has_the_same_bits_every_time(monkeypatch: pytest.M
 
 
 def test_memory_grows_with_the_tokens_only() -> None:
-    model, peaks = _model(), []
+    model, peaks = real.model(), []
     for length in (8192, 16384):
         starts = torch.tensor([0, length], device="cuda")
         context = PackedContext(

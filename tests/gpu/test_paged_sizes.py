@@ -1,10 +1,11 @@
 """A pass of an engine's model over a paged cache on a GPU at V3.2's attention geometry: prompts, chunks and steps together."""
 
 import pytest
+import real
 import torch
 
 from posttrain.kernels.backend import Backend
-from posttrain.model.arch import DeepseekV32Config, DeepseekV32ForCausalLM
+from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.context import PackedContext
 from posttrain.model.entry import Entry
 from posttrain.model.paged import NewTokens, PagedCache, PagedContext, paged
@@ -12,19 +13,6 @@ from posttrain.model.paged import NewTokens, PagedCache, PagedContext, paged
 BLOCK = 64
 COUNTS, ENDS = [1, 1, 1500, 3000, 700], [4000, 9, 5500, 3000, 700]
 """Two that decode, a chunk that follows 4000 tokens, two prompts of which one is longer than top-k."""
-
-
-def _model(index_dtype: str) -> DeepseekV32ForCausalLM:
-    torch.manual_seed(0)
-    config = DeepseekV32Config(
-        vocab_size=512, hidden_size=512, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=64, num_key_value_heads=64, n_shared_experts=1, n_routed_experts=4,
-        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2, kv_lora_rank=512,
-        q_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        max_position_embeddings=32768, initializer_range=0.05, index_topk=2048, index_n_heads=64,
-        index_head_dim=128, bos_token_id=None, eos_token_id=1, pad_token_id=0, index_dtype=index_dtype,
-    )  # fmt: skip
-    return DeepseekV32ForCausalLM(config).cuda().bfloat16().eval()  # type: ignore[no-any-return]
 
 
 class _Sequences:
@@ -68,7 +56,8 @@ class _Sequences:
 @torch.inference_mode()
 def test_a_mixed_pass_keeps_what_packed_documents_keep_and_waits_for_nobody(index_dtype: str) -> None:
     """Deterministic: every row by the kernels, whose selections do not depend on what they are cut into."""
-    model, backend = _model(index_dtype), Backend(name="triton", reason="test", deterministic=True)
+    model = real.model(index_dtype=index_dtype).eval()
+    backend = Backend(name="triton", reason="test", deterministic=True)
     sequences = _Sequences(model)
     begun = [end - count for count, end in zip(COUNTS, ENDS, strict=True)]
     for b, end in enumerate(begun):
