@@ -6,7 +6,8 @@
 
 Each side runs in a process of its own, with CUDA graphs and without the prefix cache. Speed: greedy; the first pass of
 each size is thrown away. --gaps: tokens are sampled and their log-probs, as decoding gave them, compared with those of the
-learner, which is our model in bf16 in one packed pass. Index scores are in e4m3 on both sides, as vLLM's own always are;
+learner, which is our model in bf16 in one packed pass. --profile: also which kernels a prompt pass and a decoding step spend
+their time in. Index scores are in e4m3 on both sides, as vLLM's own always are;
 --index-dtype model: ours in bf16. --deterministic: one more side, where products and kernels do not see the
 batch, with its speed; one prompt is then generated 1, 8, 64 and 65 times, on this side and on ours without it. Sizes: the
 attention of DeepSeek-V3.2 (64 heads, 512 + 64, index 128, top-k 2048) with few, narrow layers.
@@ -34,6 +35,8 @@ SHAPE = {
 SIZES = ("64x4096", "64x8192", "16x32768", "8x4096")
 """Requests and prompt tokens."""
 REPEATS = (1, 8, 64, 65)
+KERNELS = 16
+"""That --profile prints."""
 
 
 def main() -> None:
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="tokens generated of each request")
     parser.add_argument("--sides", nargs="+", choices=("ours", "stock"), default=("ours", "stock"))
     parser.add_argument("--gaps", action="store_true", help="against the learner, instead of speed")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of prompts and of a step")
     parser.add_argument("--deterministic", action="store_true", help="one more side, and repeated prompts")
     parser.add_argument(
         "--init-range", type=float, default=0.05, help="of the weights; larger has more opinions"
@@ -139,6 +143,8 @@ def _side(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"speed": [_speed(llm, args, *size) for size in _sizes(args.sizes)]}
     if args.deterministic:
         found["repeated"] = _repeated(llm, args)
+    if args.profile:
+        found["profile"] = [_profile(llm, args, *size) for size in _sizes(args.sizes)]
     return found
 
 
@@ -171,6 +177,32 @@ def _speed(llm: Any, args: argparse.Namespace, requests: int, length: int) -> di
     row |= {"device": torch.cuda.get_device_name()}
     print(args.side, row, flush=True)
     return row
+
+
+def _profile(
+    llm: Any, args: argparse.Namespace, requests: int, length: int, steps: int = 32
+) -> dict[str, Any]:
+    """Milliseconds by kernel: of all prompts, and of one decoding step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from vllm import SamplingParams
+
+    prompts = _prompts(requests, length)
+    found: list[dict[str, float]] = []
+    for new in (1, 1 + steps):
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
+        with profile(activities=[ProfilerActivity.CUDA]) as run:
+            llm.generate(prompts, params, use_tqdm=False)
+            torch.cuda.synchronize()
+        on_gpu = (e for e in run.key_averages() if "CUDA" in str(e.device_type))
+        found.append({e.key: e.self_device_time_total / 1e3 for e in on_gpu})
+    once, more = found
+    a_step = {key: (ms - once.get(key, 0.0)) / steps for key, ms in more.items()}
+    for what, rows in (("prompts", once), ("a step", a_step)):
+        print(f"{args.side} {requests}x{length}, {what}: kernels {sum(rows.values()):.2f} ms", flush=True)
+        for key, ms in sorted(rows.items(), key=lambda row: -row[1])[:KERNELS]:
+            print(f"  {ms:10.3f} ms  {key[:90]}", flush=True)
+    return {"size": f"{requests}x{length}", "prompts_ms": once, "step_ms": a_step}
 
 
 def _sampled(llm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
