@@ -5,7 +5,7 @@
     python benchmarks/vllm_rollouts.py --out bits.json --sizes 8x4096 --deterministic --sides ours
 
 Each side runs in a process of its own, with CUDA graphs and without the prefix cache. Speed: greedy; the first pass of
-each size is thrown away. --gaps: tokens are sampled and their log-probs, as decoding gave them, compared with those of the
+each size, with 8 tokens, is thrown away. --gaps: tokens are sampled and their log-probs, as decoding gave them, compared with those of the
 learner, which is our model in bf16 in one packed pass. --profile: also which kernels a prompt pass and a decoding step spend
 their time in. Index scores are in e4m3 on both sides, as vLLM's own always are;
 --index-dtype model: ours in bf16. --deterministic: one more side, where products and kernels do not see the
@@ -167,7 +167,9 @@ def _speed(llm: Any, args: argparse.Namespace, requests: int, length: int) -> di
 
     params = SamplingParams(max_tokens=args.new, temperature=0.0, ignore_eos=True, detokenize=False)
     prompts = _prompts(requests, length)
-    llm.generate(prompts[:2], params, use_tqdm=False)
+    # All of them: passes that hold prompts and decoding rows have kernels of their own to compile.
+    few = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
+    llm.generate(prompts, few, use_tqdm=False)
     torch.cuda.synchronize()
     began = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)

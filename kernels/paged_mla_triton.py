@@ -30,6 +30,8 @@ MULTIPROCESSORS = 132
 """Of an H100 or H200, each of which has room for one program of the Gluon kernel."""
 START = 3
 """Tiles that fit the time in which such a program starts and ends."""
+AHEAD = 6
+"""Tiles by which entries are fetched to the L2 before they are copied; even, 0: not at all."""
 
 
 @triton.jit
@@ -181,7 +183,7 @@ def _parts_by_gluon(
         pool_PSE.stride(0) // 8, pool_PSE.stride(1) // 8,
         Q=Q, H=H, R=R, P=E - R, K=K, PART=part, PARTS=parts, COUNT=count, PAGE=pages.page,
         KB=max(triton.next_power_of_2(count * part), 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
-        num_warps=gluon.WARPS,
+        AHEAD=AHEAD, num_warps=gluon.WARPS,
     )  # fmt: skip
     return count == parts
 

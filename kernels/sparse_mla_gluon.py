@@ -71,16 +71,50 @@ def _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.cons
 
 
 @gluon.jit
+def _fetch(
+    kv_ptr, unit, slots_row, tile, num_slots, stand_in, K, table_row, stride_block, stride_token,
+    E: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Ask for two tiles of entries to come to the L2, a row per thread: one instruction for all of an entry."""
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    rows = _rows(
+        slots_row, tile * BK, num_slots, stand_in, K, table_row, stride_block, stride_token, 2 * BK, PAGE, line
+    )  # fmt: skip
+    num_bytes: gl.constexpr = E * kv_ptr.dtype.element_ty.primitive_bitwidth // 8
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [(kv_ptr + rows.to(gl.int64) * unit).to(gl.int64, bitcast=True), num_bytes],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _producer(
     kv_ptr, unit, slots_row, num_slots, stand_in, tiles, K, table_row, stride_block, stride_token,
     k_smem, k_rot_smem, full, empty,
-    R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
+    R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """Copy one tile after another into the buffers that are handed back; `unit` numbers are one row or stride."""
+    """Copy one tile after another into the buffers that are handed back; `unit` numbers are one row or stride.
+
+    With AHEAD, an even number, entries are fetched to the L2 that many tiles before: those of a cache are in nobody's.
+    """
     wide: gl.constexpr = gl.SliceLayout(1, row_layout(R, 8, gl.num_warps()))
     narrow: gl.constexpr = gl.SliceLayout(1, row_layout(P, 8, gl.num_warps()))
+    for tile in gl.static_range(2, AHEAD, 2):
+        _fetch(
+            kv_ptr, unit, slots_row, tile, num_slots, stand_in, K, table_row, stride_block, stride_token, R + P, BK, PAGE
+        )  # fmt: skip
     for tile in range(tiles):
         buffer = tile % 2
+        if AHEAD > 0:
+            if (buffer == 0) & (tile + AHEAD < tiles):
+                _fetch(
+                    kv_ptr, unit, slots_row, tile + AHEAD, num_slots, stand_in, K, table_row, stride_block,
+                    stride_token, R + P, BK, PAGE,
+                )  # fmt: skip
         rows_wide = _rows(
             slots_row, tile * BK, num_slots, stand_in, K, table_row, stride_block, stride_token, BK, PAGE, wide
         )  # fmt: skip
@@ -184,16 +218,35 @@ def _consume_parts(
                 m = new_m
                 old = gl.convert_layout(old, gl.SliceLayout(1, o_layout))
                 new = gl.convert_layout(new, gl.SliceLayout(1, o_layout))
-                before = gl.load(_sums(acc_row, 0, H, R, BH, o_layout))
+                before = _take(acc_row, R, BH, o_layout)
                 acc = gl.fma(before, gl.zeros_like(acc) + old[:, None], acc * new[:, None])
             if part < COUNT - 1:
-                gl.store(_sums(acc_row, 0, H, R, BH, o_layout), acc)
+                _keep(acc_row, acc, R, BH)
         if not WHOLE:
             heads = part * H + gl.arange(0, BH, layout=gl.SliceLayout(1, s_layout))
             gl.store(m_row + heads, m)
             gl.store(total_row + heads, total)
             gl.store(_sums(acc_row, part, H, R, BH, o_layout), acc)
     return acc, total, m
+
+
+@gluon.jit
+def _keep(memory, acc, R: gl.constexpr, BH: gl.constexpr):
+    """Write sums of values down as the threads hold them, 16 bytes of each side by side: for _take alone."""
+    line: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    # [warp, half, row | warp, step, column, number] of the accumulators of wgmma, 16 rows and half the columns a warp.
+    parts = acc.reshape([BH // 16, 2, 8, 2, R // 16, 4, 2]).permute((4, 3, 0, 2, 5, 1, 6))
+    flat = gl.convert_layout(parts.reshape([BH * R]), line, assert_trivial=True)
+    gl.store(memory + gl.arange(0, BH * R, layout=line), flat)
+
+
+@gluon.jit
+def _take(memory, R: gl.constexpr, BH: gl.constexpr, layout: gl.constexpr):
+    """What _keep wrote, in each thread what it wrote itself."""
+    line: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    flat = gl.load(memory + gl.arange(0, BH * R, layout=line))
+    parts = flat.reshape([R // 16, 2, BH // 16, 8, 4, 2, 2]).permute((2, 5, 3, 1, 0, 4, 6))
+    return gl.convert_layout(parts.reshape([BH, R]), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -222,25 +275,27 @@ def _buffers(dtype: gl.constexpr, R: gl.constexpr, P: gl.constexpr, BH: gl.const
 
 
 @gluon.jit
-def _which(slots_row, num_slots, K, KB: gl.constexpr, BK: gl.constexpr):
-    """Tiles up to the last entry that there is, and the slot of any, which stands in for missing ones."""
-    line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
-    every = row_slots(slots_row, 0, num_slots, -1, K, KB, line)
-    places = gl.arange(0, KB, layout=line)
-    tiles = gl.cdiv(gl.max(gl.where(every >= 0, places + 1, 0), 0), BK)
-    return tiles, gl.maximum(gl.max(every, 0), 0)
+def _begin(
+    q_row, head, q_smem, q_rot_smem, slots_row, num_slots, K,
+    R: gl.constexpr, P: gl.constexpr, BH: gl.constexpr, KB: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """Load queries of BH heads, rows of a table with R + P columns like entries.
 
-
-@gluon.jit
-def _load_queries(q_row, head, q_smem, q_rot_smem, R: gl.constexpr, P: gl.constexpr, BH: gl.constexpr):
-    """Queries of BH heads: rows of a table with R + P columns, like entries."""
+    Returns the number of tiles up to the last entry that there is, and the slot of any, which stands in for missing ones.
+    """
     heads_wide = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(R, 8, gl.num_warps())))
     heads_narrow = head + gl.arange(0, BH, layout=gl.SliceLayout(1, row_layout(P, 8, gl.num_warps())))
     _copy(q_row, R + P, heads_wide, heads_narrow, q_smem, q_rot_smem, R, P)
     async_copy.commit_group()
+    line: gl.constexpr = gl.BlockedLayout([KB // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
+    every = row_slots(slots_row, 0, num_slots, -1, K, KB, line)
+    places = gl.arange(0, KB, layout=line)
+    tiles = gl.cdiv(gl.max(gl.where(every >= 0, places + 1, 0), 0), BK)
+    stand_in = gl.maximum(gl.max(every, 0), 0)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
+    return tiles, stand_in
 
 
 @gluon.jit
@@ -260,8 +315,9 @@ def forward_kernel(
     q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(
         q_ptr.dtype.element_ty, R, P, BH, BK
     )
-    tiles, stand_in = _which(slots_row, num_slots, K, KB, BK)
-    _load_queries(q_ptr + row * (H * E), head, q_smem, q_rot_smem, R, P, BH)
+    tiles, stand_in = _begin(
+        q_ptr + row * (H * E), head, q_smem, q_rot_smem, slots_row, num_slots, K, R, P, BH, KB, BK
+    )
     acc, total, m = gl.warp_specialize(
         [
             (
@@ -272,7 +328,7 @@ def forward_kernel(
             (
                 _producer,
                 (kv_ptr, E, slots_row, num_slots, stand_in, tiles, K, slots_row, 0, 0, k_smem, k_rot_smem, full, empty,
-                 R, P, BK, 0),
+                 R, P, BK, 0, 0),
             ),
         ],
         [PRODUCER_WARPS],
@@ -297,7 +353,7 @@ def part_kernel(
     num_slots, stride_table, stride_block, stride_token,
     Q: gl.constexpr, H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, PART: gl.constexpr,
     PARTS: gl.constexpr, COUNT: gl.constexpr, PAGE: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr,
-    BK: gl.constexpr,
+    BK: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One new token, BH heads, COUNT of its PARTS parts of PART kept positions: left unnormalised, but if they are all.
 
@@ -319,8 +375,9 @@ def part_kernel(
     q_smem, q_rot_smem, k_smem, k_rot_smem, prob_smem, full, empty = _buffers(
         q_ptr.dtype.element_ty, R, P, BH, BK
     )
-    tiles, stand_in = _which(kept_row, num_slots, num, KB, BK)
-    _load_queries(q_ptr + row * (H * (R + P)), head, q_smem, q_rot_smem, R, P, BH)
+    tiles, stand_in = _begin(
+        q_ptr + row * (H * (R + P)), head, q_smem, q_rot_smem, kept_row, num_slots, num, R, P, BH, KB, BK
+    )
     acc, total, m = gl.warp_specialize(
         [
             (
@@ -331,7 +388,7 @@ def part_kernel(
             (
                 _producer,
                 (pool_ptr, 8, kept_row, num_slots, stand_in, tiles, num, table_row, stride_block, stride_token,
-                 k_smem, k_rot_smem, full, empty, R, P, BK, PAGE),
+                 k_smem, k_rot_smem, full, empty, R, P, BK, PAGE, AHEAD),
             ),
         ],
         [PRODUCER_WARPS],
