@@ -140,10 +140,11 @@ def _consumer(
     acc = gl.zeros([BH, R], gl.float32, o_layout)
     zero = gl.zeros([BH, BK], gl.float32, s_layout)
     prob = zero
+    slots = row_slots(slots_row, first * BK, num_slots, -1, K, BK, columns)
     for tile in range(first, last):
         # Logits of this tile, then values of this tile with the probabilities they give.
         buffer = tile % 2
-        valid = row_slots(slots_row, tile * BK, num_slots, -1, K, BK, columns) >= 0
+        valid = slots >= 0
         mbarrier.wait(full.index(buffer), tile // 2 % 2)
         fence_async_shared()
         logits = warpgroup_mma(
@@ -162,6 +163,8 @@ def _consumer(
         fence_async_shared()
         barrier()
         acc = warpgroup_mma(prob_smem, k_smem.index(buffer), acc, is_async=True)
+        # Of the next tile: here they come while values are summed, and no fence waits for them.
+        slots = row_slots(slots_row, (tile + 1) * BK, num_slots, -1, K, BK, columns)
         acc = warpgroup_mma_wait(0, deps=[acc])
         barrier()  # both warp groups are done with the buffer
         mbarrier.arrive(empty.index(buffer), count=1)
