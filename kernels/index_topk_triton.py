@@ -23,7 +23,7 @@ from torch import Tensor
 
 from posttrain.kernels import topk_triton
 from posttrain.kernels.lanes import Lanes, send
-from posttrain.kernels.product_triton import block, dot, interpreted
+from posttrain.kernels.product_triton import block, dot, interpreted, twice_relu
 
 CHUNK_BYTES = 44 << 20
 """Scores of one chunk of queries: 88 rows of 131,072 keys, so that two chunks keep every multiprocessor selecting."""
@@ -143,8 +143,8 @@ def score_tile(k, q, w, BK: tl.constexpr, QD: tl.constexpr, BJ: tl.constexpr, IN
     Every kernel that selects scores here, with the same shape, so that all find the same bits.
     """
     x = dot(k, tl.trans(q), INTERPRET)
-    part = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
-    return tl.sum(tl.reshape(part, [BK, QD, BJ]), 2)
+    part = twice_relu(x) * w[None, :]
+    return 0.5 * tl.sum(tl.reshape(part, [BK, QD, BJ]), 2)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "first_key", "num_keys"])

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.product_triton import block, dot, interpreted
+from posttrain.kernels.product_triton import block, dot, interpreted, twice_relu
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _kernel(
     for start in tl.range(0, stop, BK, num_stages=STAGES):
         k, slots, valid = _keys(k_ptr, slots_ptr, start, num_slots, i, I, K, BK)
         x = dot(k, tl.trans(q), INTERPRET)
-        score = tl.sum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :], 1)
+        score = 0.5 * tl.sum(twice_relu(x) * w[None, :], 1)
         tl.store(scores_ptr + start + tl.arange(0, BK), score, mask=valid)
     tl.debug_barrier()  # the scores just stored are read by other threads
     weight = tl.load(weight_ptr + row)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from posttrain.kernels import dense_probs_triton
 from posttrain.kernels.index_topk_triton import Chunk, Ranges
-from posttrain.kernels.product_triton import block, dot, interpreted
+from posttrain.kernels.product_triton import block, dot, interpreted, twice_relu
 
 SEGMENT = 8192
 """Keys of one sum of dq."""
@@ -94,7 +94,7 @@ def _scores_kernel(
             )
             w = tl.load(w_ptr + head + j, mask=mask, other=0.0)
             x = dot(k, tl.trans(q), INTERPRET)
-            score = tl.sum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :], 1)
+            score = 0.5 * tl.sum(twice_relu(x) * w[None, :], 1)
             out_at = local * width.to(tl.int64) + at
             tl.store(scores_ptr + out_at, score, mask=(at < width) & (local < rows))
             positive = tl.reshape(x > 0, [BK, BJ // BW, BW])
