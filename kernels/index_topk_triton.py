@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels import topk_triton
+from posttrain.kernels import index_scores_gluon, topk_triton
 from posttrain.kernels.lanes import Lanes, send
 from posttrain.kernels.product_triton import block, dot, interpreted, twice_relu
 
@@ -44,6 +44,8 @@ class Shape:
     """(query, head) pairs of one product; more than one query where it exceeds the number of heads."""
     warps: int = 8
     stages: int = 2
+    gluon: bool = True
+    """Take index_scores_gluon.py where it fits; it has one shape."""
     lanes: int = 2
     """Chunks under way: the selection of one runs beside the scores of the next."""
 
@@ -226,6 +228,9 @@ def _write_scores(
 ) -> None:  # fmt: skip
     """The scores of a chunk as integers in their order, [rows, width], where a query needs them."""
     _, J, I = q_NJI.shape
+    if shape.gluon and _fits_gluon(q_NJI):
+        _write_by_gluon(q_NJI, k_SI, w_NJ, k_scale_S, out, ranges, chunk, num_kept)
+        return
     BJ = block(J)
     _scores_kernel[(triton.cdiv(chunk.width, shape.keys), triton.cdiv(chunk.rows, shape.queries))](
         q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, out, ranges.begin_N, ranges.end_N,
@@ -235,6 +240,28 @@ def _write_scores(
         SCALED=k_scale_S is not None, INTERPRET=interpreted(),
         STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
+
+
+def _write_by_gluon(
+    q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, k_scale_S: Tensor | None, out: Tensor, ranges: Ranges,
+    chunk: Chunk, num_kept: int,
+) -> None:  # fmt: skip
+    _, J, I = q_NJI.shape
+    gluon = index_scores_gluon
+    gluon.scores_kernel[(triton.cdiv(chunk.width, gluon.KEYS), triton.cdiv(chunk.rows, gluon.QUERIES))](
+        q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, out, ranges.begin_N, ranges.end_N,
+        chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
+        J=J, I=I, K=num_kept, BK=gluon.KEYS, BQ=gluon.QUERIES, BUFFERS=gluon.BUFFERS,
+        SCALED=k_scale_S is not None, num_warps=gluon.WARPS, maxnreg=gluon.REGISTERS[8 * q_NJI.element_size()],
+    )  # fmt: skip
+
+
+def _fits_gluon(q_NJI: Tensor) -> bool:
+    """Whether the Gluon kernel takes this: Hopper, 16-bit or e4m3 queries of its sizes."""
+    _, J, I = q_NJI.shape
+    narrow = q_NJI.dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    sizes = J in index_scores_gluon.HEADS and I in index_scores_gluon.SIZES
+    return narrow and sizes and not interpreted() and torch.cuda.get_device_capability(q_NJI.device)[0] == 9
 
 
 def _check(q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, ranges: Ranges, k_scale_S: Tensor | None) -> None:
