@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--index-dtype", choices=("e4m3", "model"), default="e4m3", help="what our index scores are made from"
     )
+    parser.add_argument("--memory", type=float, default=0.8, help="share of the GPU's that an engine takes")
     parser.add_argument("--timeout", type=int, default=1200, help="seconds of one side")
     parser.add_argument("--side", help="what one process runs")
     parser.add_argument("--folder", type=Path)
@@ -134,7 +135,7 @@ def _side(args: argparse.Namespace) -> dict[str, Any]:
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, longest)}
     llm = LLM(
         str(args.folder / "model"), skip_tokenizer_init=True, dtype="bfloat16", block_size=64, max_num_seqs=72,
-        max_model_len=longest, gpu_memory_utilization=0.8, enable_prefix_caching=False, async_scheduling=False,
+        max_model_len=longest, gpu_memory_utilization=args.memory, enable_prefix_caching=False, async_scheduling=False,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         **({"max_num_batched_tokens": 8192} | settings),
     )  # fmt: skip
