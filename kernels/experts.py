@@ -1,8 +1,9 @@
-"""Routed experts with a backward of their own: one product per expert and matrix, each written where it belongs.
+"""Routed experts with a backward of their own, which autograd would cut and join again at every step.
 
-Rows are (token, expert) pairs sorted by expert. Autograd would cut and join them again at every step; here each
-product goes straight into its place, one expert's rows stay in the cache from its first product to its last, and
-what is cheap is computed again instead of kept. Next: ../model/moe.py.
+Rows are (token, expert) pairs sorted by expert. What is cheap is computed again in the backward pass instead of kept. It
+is written twice: with grouped products, one for all experts, on GPUs that have them; and one expert after another, where each
+product goes straight into its place and one expert's rows stay in the cache from its first product to its last. Next:
+experts_triton.py, ../model/moe.py.
 
 Shape letters: T tokens, D hidden, X experts, E experts chosen per token, S = T E rows, F MLP width.
 """
@@ -19,8 +20,84 @@ def run_experts(
     x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up_XDF: Tensor, down_XFD: Tensor
 ) -> Tensor:
     """Weighted sum of the gated MLPs of each token's experts, [T, D]; gate_up is [X, D, 2 F], down [X, F, D]."""
+    if takes_groups(x_TD, gate_up_XDF, down_XFD):
+        return run_groups(x_TD, experts_TE, weights_TE, gate_up_XDF, down_XFD)
     out_TD: Tensor = _Experts.apply(x_TD, experts_TE, weights_TE.to(x_TD.dtype), gate_up_XDF, down_XFD)
     return out_TD
+
+
+def takes_groups(x_TD: Tensor, gate_up_XDF: Tensor, down_XFD: Tensor) -> bool:
+    """Whether torch has one kernel for the products of all experts: bf16, Hopper or Blackwell, rows of whole 16 bytes.
+
+    Elsewhere its grouped product is a loop that waits for the device. Nor does it take no rows at all.
+    """
+    if not x_TD.is_cuda or len(x_TD) == 0 or len(down_XFD) >= 1024:
+        return False
+    if any(t.dtype != torch.bfloat16 for t in (x_TD, gate_up_XDF, down_XFD)):
+        return False
+    return torch.cuda.get_device_capability(x_TD.device)[0] in (9, 10) and not any(
+        size % 8 for size in down_XFD.shape[1:]
+    )
+
+
+def run_groups(
+    x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up_XDF: Tensor, down_XFD: Tensor
+) -> Tensor:
+    """run_experts by grouped products, without waiting for the device; weights may have more bits than the rest."""
+    out_TD: Tensor = _Groups.apply(x_TD, experts_TE, weights_TE.contiguous(), gate_up_XDF, down_XFD)
+    return out_TD
+
+
+class _Groups(torch.autograd.Function):
+    """Keeps gate and up alone: rows, hidden units and outputs are made again. Weights go in before the second matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Tensor) -> Tensor:
+        from posttrain.kernels import experts_triton  # triton exists on Linux only
+
+        x_TD, experts_TE, weights_TE, gate_up_XDF, down_XFD = args
+        # int16: a sort looks at every byte.
+        expert_S, order_S = experts_TE.reshape(-1).to(torch.int16).sort(stable=True)
+        every_X = torch.arange(len(down_XFD), dtype=torch.int16, device=x_TD.device)
+        end_X = torch.searchsorted(expert_S, every_X, right=True, out_int32=True)
+        every_S = torch.arange(len(order_S), device=x_TD.device)
+        back_S = torch.empty_like(order_S).index_copy_(0, order_S, every_S)
+        x_SD = x_TD.index_select(0, order_S // experts_TE.shape[1])
+        gate_up_SF = F.grouped_mm(x_SD, gate_up_XDF, offs=end_X)
+        h_SF = experts_triton.gate(gate_up_SF, weights_TE, order_S)
+        out_SD = F.grouped_mm(h_SF, down_XFD, offs=end_X)
+        ctx.save_for_backward(x_TD, weights_TE, order_S, back_S, end_X, gate_up_SF, gate_up_XDF, down_XFD)
+        return experts_triton.sum_rows(out_SD, back_S, len(x_TD))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """As _Experts does; gradients of matrices in the layout of the model, whose matrices come transposed."""
+        from posttrain.kernels import experts_triton  # triton exists on Linux only
+
+        x_TD, weights_TE, order_S, back_S, end_X, gate_up_SF, gate_up_XDF, down_XFD = ctx.saved_tensors
+        token_S = order_S // weights_TE.shape[1]
+        dout_SD = grads[0].index_select(0, token_S)
+        h_SF = F.grouped_mm(dout_SD, down_XFD.transpose(1, 2), offs=end_X)  # dh, until h takes its place
+        dweights_TE = experts_triton.gate_backward_(gate_up_SF, h_SF, weights_TE, order_S)
+        ddown_XFD = _matrices(dout_SD, h_SF, end_X) if ctx.needs_input_grad[4] else None
+        del dout_SD, h_SF
+        dgate_up_XDF = None
+        if ctx.needs_input_grad[3]:
+            dgate_up_XDF = _matrices(gate_up_SF, x_TD.index_select(0, token_S), end_X)
+        dx_SD = F.grouped_mm(gate_up_SF, gate_up_XDF.transpose(1, 2), offs=end_X)
+        dx_TD = experts_triton.sum_rows(dx_SD, back_S, len(x_TD))
+        return dx_TD, None, dweights_TE, dgate_up_XDF, ddown_XFD
+
+
+def _matrices(out_SA: Tensor, in_SB: Tensor, end_X: Tensor) -> Tensor:
+    """[X, B, A]: the gradient of each expert's matrix, in^T out over its rows, stored as [X, A, B].
+
+    Without rows torch leaves anything there (github.com/pytorch/pytorch/issues/172439).
+    """
+    from posttrain.kernels import experts_triton  # triton exists on Linux only
+
+    found_XAB = F.grouped_mm(out_SA.t(), in_SB, offs=end_X)
+    return experts_triton.zero_unused_(found_XAB, end_X).transpose(1, 2)
 
 
 class _Experts(torch.autograd.Function):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,7 +187,9 @@ class PackedContext(Base):
     def __post_init__(self) -> None:
         starts_S, ends_S = self.cu_seqlens_S[:-1], self.cu_seqlens_S[1:]
         lengths_S = ends_S - starts_S
-        lengths = self.host_lengths or tuple(lengths_S.tolist())
+        if self.host_lengths is None:
+            self.host_lengths = tuple(lengths_S.tolist())
+        lengths = self.host_lengths
         rows, width, num_tokens = len(lengths), max(lengths), sum(lengths)
         columns_L = torch.arange(width, device=starts_S.device)
         # Padding repeats the document's last token: finite numbers that no real query can see.
@@ -224,8 +225,9 @@ class PackedContext(Base):
 
     def plan(self, num_early: int) -> Plan:
         if num_early not in self._plans:
-            starts = self.cu_seqlens_S.tolist()
-            lengths = np.diff(starts).tolist()
+            assert self.host_lengths is not None, "known since the context was made"
+            lengths = self.host_lengths
+            starts = [0, *itertools.accumulate(lengths)]
             early = [min(length, num_early) for length in lengths]
             self._plans[num_early] = plan_documents(starts[:-1], lengths, early, self.cu_seqlens_S.device)
         return self._plans[num_early]

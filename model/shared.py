@@ -10,9 +10,11 @@ Shape letters: T tokens that are run, F places in documents, S documents, N plac
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.kernels.lanes import send
 from posttrain.model.context import KeyName, PackedContext
 from posttrain.model.plan import Plan, plan_rows
 
@@ -28,12 +30,18 @@ class SharedContext(PackedContext):
     """Which token stands in each place."""
     place_T: Tensor = field(kw_only=True)
     """The first place of each token, ascending."""
+    host_places: tuple[Tensor, Tensor] | None = None
+    """Both in host memory; None: they are on the device only, which a plan waits for."""
 
     def __post_init__(self) -> None:
         PackedContext.__post_init__(self)
         self.positions_T = self.positions_T[self.place_T]
         self._to_grid, self._to_flat = self.token_F[self._to_grid], self._to_flat[self.place_T]
-        self.query_weights_T = self.token_F.bincount().float()
+        # Not bincount, which waits for the device.
+        ones_F = torch.ones(len(self.token_F), device=self.token_F.device)
+        self.query_weights_T = torch.zeros_like(ones_F[: len(self.place_T)]).index_add_(
+            0, self.token_F, ones_F
+        )
 
     def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         # Unlike queries, of which one place is read, keys have a gradient from every document.
@@ -42,12 +50,19 @@ class SharedContext(PackedContext):
     def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         return x_T.index_select(0, self.token_F)
 
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """token_F and place_T in host memory."""
+        return self.host_places or (self.token_F.cpu(), self.place_T.cpu())
+
     def plan(self, num_early: int) -> Plan:
         if num_early not in self._plans:
-            place_T, positions_T = self.place_T.cpu(), self.positions_T.cpu()
+            token_F, place_T = self.on_host()
+            lengths_S = torch.tensor(self.host_lengths)
+            starts_F = (lengths_S.cumsum(0) - lengths_S).repeat_interleave(lengths_S)
+            positions_T = place_T - starts_F[place_T]
 
             def early() -> tuple[PackedContext, "Ranges"]:
-                return self._early(place_T, positions_T, num_early)
+                return self._early(token_F, place_T, positions_T, num_early)
 
             device = self.token_F.device
             is_early_T = positions_T < num_early
@@ -55,13 +70,13 @@ class SharedContext(PackedContext):
         return self._plans[num_early]
 
     def _early(
-        self, place_T: Tensor, positions_T: Tensor, num_early: int
+        self, token_F: Tensor, place_T: Tensor, positions_T: Tensor, num_early: int
     ) -> tuple["SharedContext", "Ranges"]:
-        """The first num_early tokens of each document, and the keys of each among the early places."""
+        """The first num_early tokens of each document, and the keys of each among the early places; all on the host."""
         from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
 
-        device, token_F = self.token_F.device, self.token_F.cpu()
-        lengths_S = self.cu_seqlens_S.cpu().diff()
+        device = self.token_F.device
+        lengths_S = torch.tensor(self.host_lengths).clamp(max=num_early)
         is_early_T = positions_T < num_early
         is_early_F = is_early_T[token_F]
         # Numbers among early tokens and among early places.
@@ -69,8 +84,9 @@ class SharedContext(PackedContext):
         early_place_T = place_F[place_T[is_early_T]]
         context = SharedContext(
             attention="dense",
-            cu_seqlens_S=F.pad(lengths_S.clamp(max=num_early).cumsum(0), (1, 0)).to(device),
-            token_F=token_T[token_F[is_early_F]].to(device),
-            place_T=early_place_T.to(device),
+            cu_seqlens_S=send(F.pad(lengths_S.cumsum(0), (1, 0)), device),
+            host_lengths=tuple(lengths_S.tolist()),
+            token_F=send(token_T[token_F[is_early_F]], device),
+            place_T=send(early_place_T, device),
         )
         return context, key_ranges(early_place_T - positions_T[is_early_T], early_place_T + 1, device)

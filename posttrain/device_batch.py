@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain import prefixes
+from posttrain.kernels.lanes import send
 from posttrain.logprob import KeptIds
 from posttrain.schema import Batch
 from posttrain.sharing import Part, Sharing
@@ -24,6 +25,8 @@ class DeviceBatch:
 
     tokens_T: Tensor
     cu_seqlens_S: Tensor
+    lengths: tuple[int, ...]
+    """Of the sequences, on the host."""
     at_M: Tensor
     """Where each valid token is predicted: one before it."""
     targets_M: Tensor
@@ -36,6 +39,8 @@ class DeviceBatch:
     """What this rank runs of it, where ranks share each batch."""
     shared: tuple[Tensor, Tensor] | None = None
     """token_F and place_T of prefixes.py, where prompts are shared; cu_seqlens_S cuts places."""
+    host_shared: tuple[Tensor, Tensor] | None = None
+    """The same in host memory."""
 
     def own(self) -> "DeviceBatch":
         """The tokens that this rank runs and the valid ones predicted from them; weights and sequences stay whole."""
@@ -66,7 +71,7 @@ def on_device(
     sequence_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
 
     def tensor(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(device)
+        return send(torch.from_numpy(array), device)
 
     kept_ids = None
     if batch.sampling_mask is not None:
@@ -76,18 +81,22 @@ def on_device(
         ids_R = batch.sampling_mask.ids.astype(np.int64)
         kept_ids = KeptIds(tensor(masked_N), tensor(rows_R), tensor(ids_R))
     shared = prefixes.common(batch) if share_prompts else None
+    places = None if shared is None else (torch.from_numpy(shared.token_F), torch.from_numpy(shared.place_T))
     run = slice(None) if shared is None else shared.place_T
     at_M = tensor(valid_M - 1 if shared is None else shared.token_F[valid_M - 1])
     return DeviceBatch(
         tokens_T=tensor(batch.tokens_T[run]),
         cu_seqlens_S=tensor(batch.cu_seqlens_S),
+        lengths=tuple(lengths_S.tolist()),
         at_M=at_M,
         targets_M=tensor(batch.tokens_T[valid_M]),
         weight_M=tensor(batch.weight_T[valid_M]),
         sequence_M=tensor(sequence_T[valid_M]),
         experts_NTE=None if batch.experts_NTE is None else tensor(batch.experts_NTE[:, run]),
-        kept_NTK=None if batch.kept_NTK is None else tensor(batch.kept_NTK[:, run]),
+        # Gigabytes: the host waits rather than pin as much memory again.
+        kept_NTK=None if batch.kept_NTK is None else torch.from_numpy(batch.kept_NTK[:, run]).to(device),
         kept_ids=kept_ids,
         part=None if sharing is None else sharing.part(len(batch.tokens_T), at_M),
-        shared=None if shared is None else (tensor(shared.token_F), tensor(shared.place_T)),
+        shared=None if places is None else (send(places[0], device), send(places[1], device)),
+        host_shared=places,
     )

@@ -9,7 +9,6 @@ Shape letters: T tokens of a batch, M valid (predicted) tokens of it, X experts.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from posttrain import config, diagnosis, logprob, loss, teachers, training_state
 from posttrain.device_batch import DeviceBatch, on_device
-from posttrain.group import Group, Pass, Value, in_order, total
+from posttrain.group import Group, Pass, in_order, total
 from posttrain.kernels.backend import Choice
 from posttrain.model import checkpoint, lora
 from posttrain.model.context import AttentionMode, IndexerLoss, PackedContext, PartContext
@@ -34,6 +33,7 @@ from posttrain.model.shared import SharedContext
 from posttrain.model.transport import Audience, Offer, Sender
 from posttrain.optimizer import Optimizers
 from posttrain.publisher import Publisher
+from posttrain.readings import Reading, read
 from posttrain.schema import Batch
 from posttrain.ties import Ties
 
@@ -151,7 +151,7 @@ class Learner:
 
         With only the indexer training (warm-up) there is no LM gradient at all.
         """
-        sums: defaultdict[str, float] = defaultdict(float)
+        readings: list[Reading] = []
         with_lm = "model" in self.setup.train
         for each in self._passes(batches):
             tensors = self._on_device(each.batch)
@@ -159,8 +159,8 @@ class Learner:
             logp_M = self._logprobs(self.model, tensors, context)
             lm_loss = -(tensors.weight_M * logp_M).sum()
             total = lm_loss if with_lm else lm_loss.detach()
-            self._backward(total, lm_loss, each, context, sums, share=self._share(batches))
-        return self._finish(sums, batches)
+            readings.append(self._backward(total, lm_loss, each, context, share=self._share(batches)))
+        return self._finish(readings, batches)
 
     def grpo_step(
         self, batches: Sequence[Batch], settings: config.Loss, temperature: float
@@ -170,9 +170,8 @@ class Learner:
         What batches carry of the engine's choices (kept entries, experts, sampling mask) replaces the model's own,
         for the policy and for the reference.
         """
-        seen: dict[int, NDArray[np.float32]] = {}
-        sums: defaultdict[str, float] = defaultdict(float)
-        valid = sum(int(b.mask_T.sum()) for b in batches)
+        seen: dict[int, Tensor] = {}
+        readings: list[Reading] = []
         for each in self._passes(batches):
             batch, tensors = each.batch, self._on_device(each.batch, share_prompts=True)
             context = self._context(tensors, self.setup.indexer_loss)
@@ -191,24 +190,21 @@ class Learner:
             )
             objective, figures = loss.policy_loss(values, settings)
             if each.index is not None:
-                seen[each.index] = policy.logp_M.detach().cpu().numpy()
-                for name, value in figures.items():
-                    sums[name] += self._counts * float(value) / valid
-            if ties is not None:
-                sums["ties"] = ties.share
-            self._backward(objective, objective, each, context, sums, share=self._share(batches))
-        return self._finish(sums, batches), self._in_order(seen)
+                seen[each.index] = policy.logp_M.detach()
+            reading = self._backward(objective, objective, each, context, share=self._share(batches))
+            readings.append(replace(reading, figures={} if each.index is None else figures, ties=ties))
+        return self._finish(readings, batches), self._fetched(seen)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """Log-probs of the valid tokens of each batch under the current weights and what the batch replays."""
-        found: dict[int, NDArray[np.float32]] = {}
+        found: dict[int, Tensor] = {}
         for each in self._passes(batches):
             tensors = self._on_device(each.batch, share_prompts=True)
             logp_M = self._logprobs(self.model, tensors, self._context(tensors), temperature)
             if each.index is not None:
-                found[each.index] = logp_M.cpu().numpy()
-        return self._in_order(found)
+                found[each.index] = logp_M
+        return self._fetched(found)
 
     @torch.no_grad()
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -287,8 +283,10 @@ class Learner:
             return [Pass(batch, i) for i, batch in enumerate(batches)]
         return self.group.passes(batches)
 
-    def _in_order(self, found: dict[int, Value]) -> list[Value]:
-        return in_order([found] if self.group is None else self.group.collect(found))
+    def _fetched(self, found: dict[int, Tensor]) -> list[NDArray[np.float32]]:
+        """Log-probs of the batches of all ranks, in their order; waits for the device."""
+        own = {index: logp_M.cpu().numpy() for index, logp_M in found.items()}
+        return in_order([own] if self.group is None else self.group.collect(own))
 
     def _context(self, tensors: DeviceBatch, indexer_loss: IndexerLoss = "none") -> PackedContext:
         """The one way to run a batch: policy, old policy and reference replay the same choices."""
@@ -297,11 +295,13 @@ class Learner:
             "backend": self.backend,
             "indexer_loss": indexer_loss,
             "cu_seqlens_S": tensors.cu_seqlens_S,
+            "host_lengths": tensors.lengths,
         }
         part, tensors = tensors.part, tensors.own()
         context: PackedContext
         if tensors.shared is not None:
             token_F, place_T = tensors.shared
+            common["host_places"] = tensors.host_shared
             context = SharedContext(**common, token_F=token_F, place_T=place_T)
         elif part is None or self._sharing is None:
             context = PackedContext(**common)
@@ -385,15 +385,10 @@ class Learner:
         shown: Tensor,
         each: Pass,
         context: PackedContext,
-        sums: defaultdict[str, float],
         *,
         share: float,
-    ) -> None:
+    ) -> Reading:
         """Add the gradients of total and of the indexers' KL; `shown` is the loss in the figures."""
-        value = float(shown.detach())
-        sums["loss"] += self._counts * value
-        if not math.isfinite(value):
-            self._nonfinite_ids.extend(each.batch.ids)
         if each.index is None:
             share = 0.0
         for _, record in sorted(context.records.items()):
@@ -401,15 +396,19 @@ class Learner:
                 # Disjoint parameters and detached inputs: adding the losses mixes no gradients.
                 total = total + record.kl * share
         total.backward()
-        if each.index is None:
-            return
-        for layer, record in sorted(context.records.items()):
-            if record.kl_value is not None:  # known only now
-                sums[f"indexer_kl/{layer}"] += float(record.kl_value) * share
+        kl: dict[int, Tensor] = {}
+        for layer, record in sorted(context.records.items()) if each.index is not None else ():
+            if (value := record.kl_value) is not None:  # known only now
+                kl[layer] = value
             if record.load_X is not None:
                 self._load[layer] = self._load.get(layer, 0) + record.load_X
+        return Reading(loss=shown.detach(), ids=each.batch.ids, kl=kl)
 
-    def _finish(self, sums: defaultdict[str, float], batches: Sequence[Batch]) -> Figures:
+    def _finish(self, readings: Sequence[Reading], batches: Sequence[Batch]) -> Figures:
+        valid = sum(int(b.mask_T.sum()) for b in batches)
+        sums, self._nonfinite_ids = read(
+            readings, counts=self._counts, valid=valid, share=self._share(batches)
+        )
         if self.group is not None:
             load = {layer: load_X.cpu() for layer, load_X in self._load.items()}
             known = self.group.collect((dict(sums), load, self._nonfinite_ids))

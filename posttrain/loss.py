@@ -24,6 +24,7 @@ from torch import Tensor
 
 from posttrain import config
 from posttrain.device_batch import DeviceBatch
+from posttrain.kernels.lanes import send
 from posttrain.logprob import Read
 from posttrain.schema import Batch
 
@@ -69,7 +70,7 @@ def values(
     logp_M = policy.logp_M
 
     def valid(values_T: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(values_T[batch.mask_T]).to(logp_M.device)
+        return send(torch.from_numpy(values_T[batch.mask_T]), logp_M.device)
 
     engine_M = valid(batch.logprobs_T)
     if settings.old_policy == "engine":
@@ -78,7 +79,7 @@ def values(
         old_M = logp_M.detach() if batch.old_logprobs_T is None else valid(batch.old_logprobs_T)
     high = settings.clip if settings.clip_high is None else settings.clip_high
     clip_S2 = np.where(np.isnan(batch.clip_S2), np.array([settings.clip, high], np.float32), batch.clip_S2)
-    clip_2M = torch.from_numpy(clip_S2).to(logp_M.device)[tensors.sequence_M].T
+    clip_2M = send(torch.from_numpy(clip_S2), logp_M.device)[tensors.sequence_M].T
     return Values(
         logp_M=logp_M,
         engine_M=engine_M,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from posttrain.kernels import reference
 from posttrain.kernels.backend import TORCH
+from posttrain.kernels.lanes import send
 from posttrain.model.context import PackedContext
 from posttrain.model.indexer import LightningIndexer
 from posttrain.model.shared import SharedContext
@@ -27,19 +28,22 @@ class Ties:
 
     def __init__(self, model: Any, context: PackedContext) -> None:
         """Of a pass of the model in this context."""
-        starts_D, lengths_D = context.cu_seqlens_S[:-1], context.cu_seqlens_S.diff()
-        starts_F = starts_D.repeat_interleave(lengths_D)
-        at_F = torch.arange(len(starts_F), device=starts_F.device)
-        token_F = context.token_F if isinstance(context, SharedContext) else at_F
-        place_T = context.place_T if isinstance(context, SharedContext) else at_F
+        device, lengths_D = context.positions_T.device, torch.tensor(context.host_lengths)
+        starts_F = (lengths_D.cumsum(0) - lengths_D).repeat_interleave(lengths_D)
+        place_T = token_F = torch.arange(len(starts_F))
+        if isinstance(context, SharedContext):
+            token_F, place_T = context.on_host()
         topk = int(model.config.index_topk)
+        # Which and how many queries are known on the host: nobody waits for the device.
         choosing = (place_T - starts_F[place_T] >= topk).nonzero()[:, 0]
         step = -(-len(choosing) // SAMPLE) or 1
-        self._queries_S, self._topk = choosing[::step], topk
-        place_S = place_T[self._queries_S]
-        seen_SF = (at_F <= place_S[:, None]) & (at_F >= starts_F[place_S][:, None])
-        seen_ST = torch.zeros(len(place_S), len(place_T), device=starts_F.device)
-        self._seen_ST = seen_ST.index_add_(1, token_F, seen_SF.float()) > 0
+        queries_S = choosing[::step]
+        place_S, start_S = place_T[queries_S], starts_F[place_T[queries_S]]
+        self._queries_S, place_S, start_S = (send(x, device) for x in (queries_S, place_S, start_S))
+        self._topk, at_F = topk, torch.arange(len(starts_F), device=device)
+        seen_SF = (at_F <= place_S[:, None]) & (at_F >= start_S[:, None])
+        seen_ST = torch.zeros(len(place_S), len(place_T), device=device)
+        self._seen_ST = seen_ST.index_add_(1, send(token_F, device), seen_SF.float()) > 0
         self._indexers = [module for module in model.modules() if isinstance(module, LightningIndexer)]
         self._tied: list[Tensor] = []
         self._hooks: list[Any] = []

@@ -15,6 +15,7 @@ from posttrain.kernels import (
     dense_probs_triton,
     dsa,
     e4m3,
+    experts_triton,
     fp8_triton,
     index_topk_triton,
     indexer_kl_triton,
@@ -89,6 +90,13 @@ def _warmup(heads: int) -> None:
     lse = dense_probs_triton.attention_lse(q, *keys, ranges, 0.1)
     attention = warmup_kl_triton.Attention(q, *keys, lse, 0.1)
     warmup_kl_triton.warmup_kl(attention, *_index(), ranges, torch.zeros(QUERIES))
+
+
+def _experts(width: int) -> None:
+    rows, weights, at = _bf16(QUERIES, 2 * width), torch.zeros(QUERIES // 8, 8), torch.zeros(QUERIES).long()
+    experts_triton.gate_backward_(rows, experts_triton.gate(rows, weights, at), weights, at)
+    experts_triton.sum_rows(rows, at, QUERIES // 8)
+    experts_triton.zero_unused_(_bf16(8, width, width), torch.zeros(8, dtype=torch.int32))
 
 
 def _quantized_topk() -> None:
@@ -171,6 +179,9 @@ LAUNCHES: dict[str, Launch] = {
     "decoding in one part": Launch(call=_decode_in_one_part),
     "index scores and top-k": Launch(call=_topk),
     "e4m3 scores and top-k": Launch(call=_quantized_topk),
+    **{
+        f"experts of {width}": Launch(call=lambda width=width: _experts(width)) for width in (512, 1536, 2048)
+    },
     "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),
     "all of a small model in fp32": Launch(call=_in_fp32),
     # Fewer registers than it would like, so that three share a multiprocessor: faster all the same.
