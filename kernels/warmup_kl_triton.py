@@ -32,7 +32,7 @@ from posttrain.kernels.product_triton import block, dot, interpreted, twice_relu
 SEGMENT = 8192
 """Keys of one sum of dq."""
 PROGRAMS = 264
-"""Sums of dk that run at once: keys are few where documents are short, then queries are split."""
+"""Sums of dk that run at once: keys are few where documents are short, then the queries that see them are split."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ SCORES = Shape(keys=128, warps=4, stages=2, queries=32)
 """queries: of one program, one after another."""
 GRAD_Q = Shape(keys=64, warps=4, stages=2, queries=2)
 """queries: together as rows of one product."""
-GRAD_K = Shape(keys=128, warps=4, stages=2)
-"""Queries come one after another."""
+GRAD_K = Shape(keys=128, warps=8, stages=2, queries=128)
+"""queries: (query, head) pairs that one product sums over."""
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _scores_kernel(
 def _row_kernel(
     scores_ptr, p_ptr, begin_ptr, end_ptr, weight_ptr, kl_ptr, first_row, first_key, width, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """KL of one query; dI = weight (softmax(I) mass - p) takes the place of its scores, 0 where it sees no key."""
+    """KL of one query; dI = weight (softmax(I) mass - p) takes the place of its scores where it sees the key."""
     local = tl.program_id(0).to(tl.int64)
     row = first_row + local
     begin = tl.load(begin_ptr + row)
@@ -136,14 +136,12 @@ def _row_kernel(
     all_mass = tl.sum(mass, 0)
     tl.store(kl_ptr + row, tl.where(num > 0, tl.sum(cross, 0) + all_mass * lse, 0.0))
     weight = tl.load(weight_ptr + row)
-    start = first_key - begin
-    while start < first_key - begin + width:
+    start = 0
+    while start < num:
         at = start + tl.arange(0, BLOCK)
-        seen = (at >= 0) & (at < num)
-        score = tl.load(scores_ptr + at, mask=seen, other=float("-inf"))
-        p = tl.load(p_ptr + at, mask=seen, other=0.0)
-        di = tl.where(seen, (tl.exp(score - lse) * all_mass - p) * weight, 0.0)
-        tl.store(scores_ptr + at, di, mask=at < first_key - begin + width)
+        score = tl.load(scores_ptr + at, mask=at < num, other=float("-inf"))
+        p = tl.load(p_ptr + at, mask=at < num, other=0.0)
+        tl.store(scores_ptr + at, (tl.exp(score - lse) * all_mass - p) * weight, mask=at < num)
         start += BLOCK
 
 
@@ -210,34 +208,40 @@ def _finish_q_kernel(
     tl.store(dw_ptr + head + j, tl.sum(acc * q, 1), mask=j < J)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "first_key", "per_split"])
+@triton.jit(do_not_specialize=["first_row", "rows", "first_key"])
 def _grad_k_kernel(
-    qw_ptr, di_ptr, signs_ptr, begin_ptr, end_ptr, part_ptr, first_row, rows, first_key, width, per_split,
+    qw_ptr, di_ptr, signs_ptr, begin_ptr, end_ptr, part_ptr, first_row, rows, first_key, width,
     J: tl.constexpr, I: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr,
-    BK: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, QD: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """sum_tj g (w q)[t, j] of BK keys over a part of the chunk's queries."""
+    """sum_tj g (w q)[t, j] of BK keys over a part of the chunk's queries that see one of them, QD at a time."""
+    PLANES: tl.constexpr = BJ // BW
     at = tl.program_id(0) * BK + tl.arange(0, BK)
+    key = first_key + at
     i, b = tl.arange(0, BI), tl.arange(0, BW)
-    group = tl.program_id(1) * per_split
-    last = tl.minimum(group + per_split, rows)
+    line, pair = tl.arange(0, QD * PLANES), tl.arange(0, QD * BJ)  # (query, plane), (query, head)
     first = first_key + tl.program_id(0) * BK
-    start, stop = _rows_of(begin_ptr, end_ptr, first_row, last, first, BK, ROWS, group)
-    start = tl.minimum(start, stop)
+    start, stop = _rows_of(begin_ptr, end_ptr, first_row, rows, first, BK, ROWS, 0)
+    start = tl.minimum(start, stop)  # of keys that nobody sees
+    per_split = tl.cdiv(stop - start, tl.num_programs(1))
+    start += tl.program_id(1) * per_split
+    stop = tl.minimum(start + per_split, stop)
     acc = tl.zeros([BK, BI], tl.float32)
-    for step in tl.range(
-        group if INTERPRET else start, group + ROWS if INTERPRET else stop, num_stages=STAGES
-    ):
-        local = step if INTERPRET else step.to(tl.int64)
-        inside = (at < width) & (local >= start) & (local < stop)
-        di = tl.load(di_ptr + local * width + at, mask=inside, other=0.0).to(qw_ptr.dtype.element_ty)
-        for plane in tl.static_range(BJ // BW):
-            words = tl.load(signs_ptr + (local * (BJ // BW) + plane) * width + at, mask=inside, other=0)
-            g = tl.where(((words[:, None] >> b[None, :]) & 1) != 0, di[:, None], 0.0)
-            j = plane * BW + b
-            mask = ((j < J) & (local < stop))[:, None] & (i < I)[None, :]
-            qw = tl.load(qw_ptr + (local * J + j)[:, None] * I + i[None, :], mask=mask, other=0.0)
-            acc += dot(g, qw, INTERPRET)
+    for step in tl.range(0, ROWS if INTERPRET else stop - start, QD, num_stages=STAGES):
+        local = (start + step + line // PLANES).to(tl.int64)
+        inside = local < stop
+        begin = tl.load(begin_ptr + first_row + local, mask=inside, other=0)
+        end = tl.load(end_ptr + first_row + local, mask=inside, other=0)
+        seen = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :])
+        di = tl.load(di_ptr + local[None, :] * width + at[:, None], mask=seen, other=0.0)
+        signs_at = (local * PLANES + line % PLANES)[None, :] * width + at[:, None]
+        words = tl.load(signs_ptr + signs_at, mask=seen, other=0)
+        on = (words[:, :, None] >> b[None, None, :]) & 1
+        g = tl.where(on != 0, di.to(qw_ptr.dtype.element_ty)[:, :, None], 0.0)
+        query, j = (start + step + pair // BJ).to(tl.int64), pair % BJ
+        mask = ((j < J) & (query < stop))[:, None] & (i < I)[None, :]
+        qw = tl.load(qw_ptr + (query * J + j)[:, None] * I + i[None, :], mask=mask, other=0.0)
+        acc += dot(tl.reshape(g, [BK, QD * BJ]), qw, INTERPRET)
     part = (tl.program_id(1) * width + at).to(tl.int64)
     tl.store(part_ptr + part[:, None] * I + i[None, :], acc, mask=(at < width)[:, None] & (i < I)[None, :])
 
@@ -377,16 +381,15 @@ def _gradients_q(
 def _gradient_k(
     chunk: Chunk, space: _Workspace, q_NJI: Tensor, w_NJ: Tensor, ranges: Ranges, dk_SI: Tensor, shape: Shape
 ) -> None:
-    rows = slice(chunk.first_row, chunk.first_row + chunk.rows)
+    sizes, rows = _sizes(q_NJI), slice(chunk.first_row, chunk.first_row + chunk.rows)
     qw_nJI = (q_NJI[rows].float() * w_NJ[rows, :, None]).to(q_NJI.dtype)
     blocks = triton.cdiv(chunk.width, shape.keys)
     splits = max(1, min(PROGRAMS // blocks, triton.cdiv(chunk.rows, 16)))
-    per_split = triton.cdiv(chunk.rows, splits)
     part = dk_SI.new_empty(splits, chunk.width, dk_SI.shape[1])
     _grad_k_kernel[(blocks, splits)](
         qw_nJI, space.scores, space.signs, ranges.begin_N, ranges.end_N, part,
-        chunk.first_row, chunk.rows, chunk.first_key, chunk.width, per_split, **_sizes(q_NJI),
-        BK=shape.keys, ROWS=triton.next_power_of_2(per_split),
+        chunk.first_row, chunk.rows, chunk.first_key, chunk.width, **sizes,
+        BK=shape.keys, QD=max(1, shape.queries // sizes["BJ"]), ROWS=triton.next_power_of_2(chunk.rows),
         INTERPRET=interpreted(), STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
     keys = min(chunk.width, len(dk_SI) - chunk.first_key)

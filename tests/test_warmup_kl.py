@@ -13,7 +13,7 @@ SMALL = Shapes(
     probs=dense_probs_triton.Tiles(queries=16, keys=16, warps=4, stages=1),
     scores=Shape(keys=16, queries=4, warps=4, stages=1),
     grad_q=Shape(keys=16, queries=2, warps=4, stages=1),
-    grad_k=Shape(keys=16, warps=4, stages=1),
+    grad_k=Shape(keys=16, warps=4, stages=1, queries=32),  # two queries together
 )
 NAN = float("nan")
 
