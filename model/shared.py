@@ -8,16 +8,13 @@ Shape letters: T tokens that are run, F places in documents, S documents, N plac
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.model.context import KeyName, PackedContext
-from posttrain.model.plan import Plan, plan_rows
-
-if TYPE_CHECKING:  # triton exists on Linux only
-    from posttrain.kernels.index_topk_triton import Ranges
+from posttrain.model.plan import KERNELS, Plan, plan_rows
 
 
 @dataclass(slots=True)
@@ -46,20 +43,16 @@ class SharedContext(PackedContext):
         if num_early not in self._plans:
             place_T, positions_T = self.place_T.cpu(), self.positions_T.cpu()
 
-            def early() -> tuple[PackedContext, "Ranges"]:
-                return self._early(place_T, positions_T, num_early)
+            def dense() -> list[PackedContext]:
+                return [self._early(place_T, positions_T, num_early)]
 
+            way_T = torch.where(positions_T < num_early, 0, KERNELS)
             device = self.token_F.device
-            is_early_T = positions_T < num_early
-            self._plans[num_early] = plan_rows(place_T - positions_T, positions_T, is_early_T, device, early)
+            self._plans[num_early] = plan_rows(place_T - positions_T, positions_T, way_T, device, dense)
         return self._plans[num_early]
 
-    def _early(
-        self, place_T: Tensor, positions_T: Tensor, num_early: int
-    ) -> tuple["SharedContext", "Ranges"]:
-        """The first num_early tokens of each document, and the keys of each among the early places."""
-        from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
-
+    def _early(self, place_T: Tensor, positions_T: Tensor, num_early: int) -> "SharedContext":
+        """The first num_early tokens of each document."""
         device, token_F = self.token_F.device, self.token_F.cpu()
         lengths_S = self.cu_seqlens_S.cpu().diff()
         is_early_T = positions_T < num_early
@@ -67,10 +60,9 @@ class SharedContext(PackedContext):
         # Numbers among early tokens and among early places.
         token_T, place_F = is_early_T.cumsum(0) - 1, is_early_F.cumsum(0) - 1
         early_place_T = place_F[place_T[is_early_T]]
-        context = SharedContext(
+        return SharedContext(
             attention="dense",
             cu_seqlens_S=F.pad(lengths_S.clamp(max=num_early).cumsum(0), (1, 0)).to(device),
             token_F=token_T[token_F[is_early_F]].to(device),
             place_T=early_place_T.to(device),
         )
-        return context, key_ranges(early_place_T - positions_T[is_early_T], early_place_T + 1, device)
