@@ -20,13 +20,15 @@ from torch import Tensor
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
-from posttrain.kernels import reference
+from posttrain.kernels import dense, reference
 from posttrain.kernels.pages import Pages
 from posttrain.kernels.sparse_mla import sparse_mla
-from posttrain.model.context import Context, entry_keys
+from posttrain.model.context import Context, PackedContext, entry_keys
 from posttrain.model.indexer import LightningIndexer
 from posttrain.model.lora import weight_of
-from posttrain.model.rope import Rope, rotate
+from posttrain.model.plan import Plan
+from posttrain.model.rope import Rope, rotate, rotate_into
+from posttrain.model.rows import Pieces, Rows, Tokens, join
 
 if TYPE_CHECKING:  # triton exists on Linux only
     from posttrain.kernels.index_topk_triton import Ranges
@@ -45,57 +47,75 @@ class DsaAttention(hf.DeepseekV32Attention):
     def forward(self, x_TD: Tensor, rope: Rope, context: Context) -> Tensor:  # type: ignore[override]  # packed, not padded
         """Attention of all tokens of the pass, [T, D] -> [T, D]."""
         tokens = self._project(x_TD, rope, context)
-        if not context.parts:
-            o_THV = self._attend(tokens, context)
-        else:
+        if context.parts:
             context.add(self.layer_idx, tokens.entries_TE, tokens.k_stored_TX)
-            o_THV = torch.cat([self._attend(tokens.rows(part.rows), part.context) for part in context.parts])
+        if len(context.parts) > 1:
+            o_THV = self._room(tokens.q_THE)
+            for part in context.parts:
+                self._attend(tokens.rows(part.rows), part.context, o_THV[part.rows])
+        else:
+            o_THV = self._attend(tokens, context.parts[0].context if context.parts else context)
         return self.o_proj(o_THV.flatten(1))  # type: ignore[no-any-return]  # nn.Module call
 
-    def _project(self, x_TD: Tensor, rope: Rope, context: Context) -> "_Tokens":
+    def _room(self, q_THE: Tensor) -> Tensor:
+        """Where the outputs [T, H, V] of queries go."""
+        return q_THE.new_empty(*q_THE.shape[:2], self.v_head_dim)
+
+    def _project(self, x_TD: Tensor, rope: Rope, context: Context) -> Tokens:
         latent_TC = self.q_a_layernorm(self.q_a_proj(x_TD))
         q_THE = self.q_b_proj(latent_TC).view(len(x_TD), -1, self.qk_head_dim)
-        q_nope_THN, q_rot_THP = q_THE.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         kv_TR, k_rot_TP = self.kv_a_proj_with_mqa(x_TD).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
         entries_TE = torch.cat((self.kv_a_layernorm(kv_TR), rotate(k_rot_TP, rope)), dim=-1)
-        tokens = _Tokens(q_nope_THN, rotate(q_rot_THP, rope), entries_TE)
+        tokens = Tokens(q_THE, rope, entries_TE)
         if context.attention == "sparse" or context.indexer_loss == "dense":
             with torch.set_grad_enabled(torch.is_grad_enabled() and context.indexer_loss != "none"):
                 tokens.q_index_TJI, tokens.k_index_TI, tokens.w_TJ = self.indexer(x_TD, latent_TC, rope)
                 tokens.k_stored_TX = self.indexer.stored(tokens.k_index_TI, context.backend)
         return tokens
 
-    def _attend(self, tokens: "_Tokens", context: Context) -> Tensor:
-        """[T, H, V]"""
-        q_nope_THN, q_rot_THP, entries_TE = tokens.q_nope_THN, tokens.q_rot_THP, tokens.entries_TE
+    def _attend(self, tokens: Tokens, context: Context, out_THV: Tensor | None = None) -> Tensor:
+        """[T, H, V]; where a place is given, which has no gradient, there."""
         sparse, warmup = context.attention == "sparse", context.indexer_loss == "dense"
         by_triton = context.backend.name == "triton"
-        if sparse or warmup:
-            q_index_TJI, k_index_TI, w_TJ = tokens.index()
-        if by_triton and (sparse or warmup):
-            kept_TK = None if context.replay_kept is None else context.replay_kept[self.layer_idx]
-            scaled_TJ = w_TJ * self.indexer.head_dim**-0.5
-            rows = _Rows(q_nope_THN, q_rot_THP, q_index_TJI, scaled_TJ, kept_TK, context.query_weights_T)
+        q, turns = (tokens.q_THE,), (tokens.rope_TP,)
         if context.diagnose or ((sparse or warmup) and not by_triton):
             scores = self._index_scores(tokens, context)
-            absorbed_THE = self._latent_queries(q_nope_THN, q_rot_THP)
+            absorbed_THE = self._latent_queries(q, turns)
             if warmup or context.diagnose:
-                self._dense_indexer(absorbed_THE, entries_TE, scores, context)
-        elif warmup:
-            entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
-            keys_SI = context.slotted(self.layer_idx, "index", k_index_TI)
+                self._dense_indexer(absorbed_THE, tokens.entries_TE, scores, context)
+        warms = warmup and by_triton and not context.diagnose
+        if warms or not sparse:
+            own_THE = self._own_queries(q, turns, overwrite=not sparse)
+        if warms:
+            entries_SE = context.slotted(self.layer_idx, "entries", tokens.entries_TE)
+            keys_SI = context.slotted(self.layer_idx, "index", tokens.index()[1])
             ranges = context.plan(0).ranges
             assert ranges is not None, "no rows"
-            self._dense_kl_by_triton(rows, entries_SE, keys_SI, ranges, context)
-        if not sparse:
-            return self._dense(torch.cat((q_nope_THN, q_rot_THP), dim=-1), entries_TE, context)
-        if by_triton:
-            return self._sparse_by_triton(rows, tokens, context)
-        return self._sparse(absorbed_THE, entries_TE, scores, context)
+            self._dense_kl_by_triton(
+                own_THE, self._rows(tokens, context), entries_SE, keys_SI, ranges, context
+            )
+        if sparse and by_triton:
+            return self._sparse_by_triton(tokens, context, out_THV)
+        if sparse:
+            found_THV = self._sparse(absorbed_THE, tokens.entries_TE, scores, context)
+        else:
+            found_THV = self._dense(own_THE, tokens.entries_TE, context)
+        return found_THV if out_THV is None else out_THV.copy_(found_THV)
 
-    def _index_scores(self, tokens: "_Tokens", context: Context) -> "_Scores":
+    def _rows(self, tokens: Tokens, context: Context) -> Rows:
+        q_index_TJI, _, w_TJ = tokens.index()
+        return Rows(
+            (tokens.q_THE,),
+            (tokens.rope_TP,),
+            (q_index_TJI,),
+            (w_TJ * self.indexer.head_dim**-0.5,),
+            None if context.replay_kept is None else (context.replay_kept[self.layer_idx],),
+            None if context.query_weights_T is None else (context.query_weights_T,),
+        )
+
+    def _index_scores(self, tokens: Tokens, context: Context) -> "_Scores":
         q_TJI, k_TI, w_TJ = tokens.index()
         q_BQJI, w_BQJ = context.grid(q_TJI), context.grid(w_TJ)
         learned_BQL: Tensor | None = None
@@ -119,16 +139,25 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         return weight_HR[:, : self.qk_nope_head_dim], weight_HR[:, self.qk_nope_head_dim :]
 
-    def _latent_queries(self, q_nope_THN: Tensor, q_rot_THP: Tensor) -> Tensor:
-        """[absorbed | rotary] queries [T, H, E]: q^A = W_UK^T q^C (V3.2-Exp Eq. 2)."""
-        q_nope_HTN, up_HNR = q_nope_THN.transpose(0, 1), self.up_projections()[0]
+    def _own_queries(self, q: Pieces, turns: Pieces, *, overwrite: bool) -> Tensor:
+        """[own | rotated] queries [T, H, N + P] of multi-head attention."""
+        return rotate(join(q), join(turns), start=self.qk_nope_head_dim, overwrite=overwrite)
+
+    def _latent_queries(self, q: Pieces, turns: Pieces) -> Tensor:
+        """[absorbed | rotated] queries [T, H, E]: q^A = W_UK^T q^C (V3.2-Exp Eq. 2)."""
+        up_HNR, sizes = self.up_projections()[0], [self.qk_nope_head_dim, self.qk_rope_head_dim]
         if torch.is_grad_enabled():
-            return torch.cat((torch.bmm(q_nope_HTN, up_HNR).transpose(0, 1), q_rot_THP), dim=-1)
+            q_nope_THN, q_rot_THP = join(q).split(sizes, dim=-1)
+            absorbed_THR = torch.bmm(q_nope_THN.transpose(0, 1), up_HNR).transpose(0, 1)
+            return torch.cat((absorbed_THR, rotate(q_rot_THP, join(turns))), dim=-1)
         # Each part goes straight to its place: of a long prompt this is the largest array there is.
-        q_THE = q_rot_THP.new_empty(*q_rot_THP.shape[:2], self.kv_lora_rank + self.qk_rope_head_dim)
-        absorbed_THR, rot_THP = q_THE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        torch.bmm(q_nope_HTN, up_HNR, out=absorbed_THR.transpose(0, 1))
-        rot_THP.copy_(q_rot_THP)
+        E = self.kv_lora_rank + self.qk_rope_head_dim
+        q_THE = q[0].new_empty(sum(map(len, q)), q[0].shape[1], E)
+        for piece, turn, place in zip(q, turns, q_THE.split([len(piece) for piece in q]), strict=True):
+            q_nope_THN, q_rot_THP = piece.split(sizes, dim=-1)
+            absorbed_THR, rot_THP = place.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            torch.bmm(q_nope_THN.transpose(0, 1), up_HNR, out=absorbed_THR.transpose(0, 1))
+            rotate_into(rot_THP, q_rot_THP, turn)
         return q_THE
 
     def _sparse(self, q_THE: Tensor, entries_TE: Tensor, scores: "_Scores", context: Context) -> Tensor:
@@ -154,12 +183,23 @@ class DsaAttention(hf.DeepseekV32Attention):
             record.add_kl(kl, kl.detach())
         return self._values(o_THR)
 
-    def _values(self, o_THR: Tensor) -> Tensor:
-        """o = W_UV o^A: [T, H, R] -> [T, H, V]."""
-        return torch.bmm(o_THR.transpose(0, 1), self.up_projections()[1].transpose(1, 2)).transpose(0, 1)
+    def _values(self, o_THR: Tensor, places: Pieces | None = None) -> Tensor:
+        """o = W_UV o^A: [T, H, R] -> [T, H, V]; where places for its rows are given, which have no gradient, there."""
+        up_HRV = self.up_projections()[1].transpose(1, 2)
+        if places is None:
+            return torch.bmm(o_THR.transpose(0, 1), up_HRV).transpose(0, 1)
+        for rows_THR, place_THV in zip(o_THR.split([len(place) for place in places]), places, strict=True):
+            torch.bmm(rows_THR.transpose(0, 1), up_HRV, out=place_THV.transpose(0, 1))
+        return places[0]
 
     def _dense_kl_by_triton(
-        self, rows: "_Rows", entries_SE: Tensor, keys_SI: Tensor, ranges: "Ranges", context: Context
+        self,
+        own_THE: Tensor,
+        rows: Rows,
+        entries_SE: Tensor,
+        keys_SI: Tensor,
+        ranges: "Ranges",
+        context: Context,
     ) -> None:
         """The indexer's loss of queries that keep all their keys (Eq. 3, and Eq. 4 where there are no more than top-k).
 
@@ -168,83 +208,111 @@ class DsaAttention(hf.DeepseekV32Attention):
         from posttrain.kernels import dsa, warmup_kl_triton  # triton exists on Linux only
         from posttrain.kernels.dense_probs_triton import attention_lse
 
+        q_THE = own_THE.detach()
         with torch.no_grad():
             latent_SR, k_rot_SP = entries_SE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             kv_SH = self.kv_b_proj(latent_SR).unflatten(-1, (self.num_heads, -1))
-            q_THE = torch.cat((rows.q_nope_THN, rows.q_rot_THP), dim=-1)
             keys = (kv_SH[..., : self.qk_nope_head_dim], k_rot_SP.contiguous())
             lse_TH = attention_lse(q_THE, *keys, ranges, self.scaling)
         attention = warmup_kl_triton.Attention(q_THE, *keys, lse_TH, self.scaling)
-        index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
-        kl = dsa.warmup_loss(index, attention, ranges, rows.weight_T)
+        index = dsa.Index(join(rows.q_index_TJI), keys_SI, join(rows.w_TJ))
+        weight_T = None if rows.weight_T is None else join(rows.weight_T)
+        kl = dsa.warmup_loss(index, attention, ranges, weight_T)
         context.record(self.layer_idx).add_kl(kl, kl.detach())
 
-    def _sparse_by_triton(self, rows: "_Rows", tokens: "_Tokens", context: Context) -> Tensor:
+    def _sparse_by_triton(self, tokens: Tokens, context: Context, out_THV: Tensor | None) -> Tensor:
         """The sparse path on queries [T] and slots [S]: dense, by kernels, or by kernels for a cache."""
-        entries_TE, k_index_TI = tokens.entries_TE, tokens.index()[1]
-        entries_SE = context.slotted(self.layer_idx, "entries", entries_TE)
+        entries_SE = context.slotted(self.layer_idx, "entries", tokens.entries_TE)
         stored_SX = context.slotted(self.layer_idx, "index", tokens.stored())
-        pages = context.pages(self.layer_idx)
+        pages, rows = context.pages(self.layer_idx), self._rows(tokens, context)
         if pages is not None:
-            return self._decode(rows, pages, context)
+            return self._decode(rows, pages, context, out_THV)
         plan = context.plan(self.index_topk if _has_dense_rows(context) else 0)
-        ranges, split = plan.ranges, plan.split
-        if split is None:
-            assert ranges is not None, "no rows"
-            return self._attend_kept(rows, tokens, entries_SE, stored_SX, ranges, context)
-        early, early_entries_TE, early_keys_TI = rows, entries_TE, k_index_TI
-        if ranges is not None:
-            early = rows.select(split.early_T)
-            early_entries_TE, early_keys_TI = (
-                x.index_select(0, split.early_T) for x in (entries_TE, k_index_TI)
-            )
-        q_THE = torch.cat((early.q_nope_THN, early.q_rot_THP), dim=-1)
-        early_THV = self._dense(q_THE, early_entries_TE, split.early)
+        is_dense = plan.split is not None and len(plan.split.sizes) == 1
+        if out_THV is None and not torch.is_grad_enabled() and not is_dense:
+            out_THV = self._room(tokens.q_THE)
+        keys = (tokens, entries_SE, stored_SX)
+        if plan.split is None:
+            return self._attend_kept(rows, *keys, plan, context, None if out_THV is None else (out_THV,))
+        return self._attend_parts(rows, *keys, plan, context, out_THV)
+
+    def _attend_parts(
+        self,
+        rows: Rows,
+        tokens: Tokens,
+        entries_SE: Tensor,
+        stored_SX: Tensor,
+        plan: Plan,
+        context: Context,
+        out_THV: Tensor | None,
+    ) -> Tensor:
+        split, found = plan.split, []
+        assert split is not None, "of rows that go different ways"
+        parts = rows.parts(split)
+        places = [None] * len(parts) if out_THV is None else split.parts(out_THV)
+        of_parts = (split.parts(x) for x in (tokens.entries_TE, tokens.index()[1]))
+        for documents, early, entries, keys, place in zip(
+            split.dense, parts, *of_parts, places, strict=False
+        ):
+            found.append(self._attend_all(early, join(entries), join(keys), documents, context))
+            if place is not None:
+                for to_THV, rows_THV in zip(place, found.pop().split([len(x) for x in place]), strict=True):
+                    to_THV.copy_(rows_THV)
+        if plan.ranges is not None:
+            late = self._attend_kept(parts[-1], tokens, entries_SE, stored_SX, plan, context, places[-1])
+            found.append(late)
+        if out_THV is not None:
+            return out_THV
+        return found[0] if len(split.sizes) == 1 else split.whole(found)
+
+    def _attend_all(
+        self, rows: Rows, entries_TE: Tensor, keys_TI: Tensor, documents: PackedContext, context: Context
+    ) -> Tensor:
+        """Rows that keep all their keys, in documents of their own."""
+        own_THE = self._own_queries(rows.q_THE, rows.rope_TP, overwrite=True)
         if context.indexer_loss == "sparse" and torch.is_grad_enabled():
-            early_entries_SE = split.early.slotted(self.layer_idx, "entries", early_entries_TE)
-            early_keys_SI = split.early.slotted(self.layer_idx, "index", early_keys_TI)
-            self._dense_kl_by_triton(early, early_entries_SE, early_keys_SI, split.early_ranges, context)
-        if ranges is None:
-            return early_THV
-        late_THV = self._attend_kept(
-            rows.select(split.late_T), tokens, entries_SE, stored_SX, ranges, context
-        )
-        return torch.cat((early_THV, late_THV)).index_select(0, split.back_T)
+            entries_SE = documents.slotted(self.layer_idx, "entries", entries_TE)
+            keys_SI = documents.slotted(self.layer_idx, "index", keys_TI)
+            ranges = documents.plan(0).ranges
+            assert ranges is not None, "no rows"
+            self._dense_kl_by_triton(own_THE, rows, entries_SE, keys_SI, ranges, context)
+        return self._dense(own_THE, entries_TE, documents)
 
     def _attend_kept(
         self,
-        rows: "_Rows",
-        tokens: "_Tokens",
+        rows: Rows,
+        tokens: Tokens,
         entries_SE: Tensor,
         stored_SX: Tensor,
-        ranges: "Ranges",
+        plan: Plan,
         context: Context,
+        places: Pieces | None,
     ) -> Tensor:
         from posttrain.kernels import dsa  # triton exists on Linux only
 
-        entry, index = self.indexer.entry, None
+        entry, index, ranges = self.indexer.entry, None, plan.ranges
+        assert ranges is not None, "no rows"
+        q_index_TJI, w_TJ = join(rows.q_index_TJI), join(rows.w_TJ)
         if context.indexer_loss == "sparse":
             keys_SI = stored_SX
             if entry.e4m3:
                 keys_SI = context.slotted(self.layer_idx, "index", tokens.index()[1])
-            index = dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ)
+            index = dsa.Index(q_index_TJI, keys_SI, w_TJ)
         if rows.kept_TK is None:
             keys_SI, scale_S = entry_keys(stored_SX, entry)
-            slots_TK = dsa.select(
-                dsa.Index(rows.q_index_TJI, keys_SI, rows.w_TJ, scale_S), ranges, self.index_topk
-            )
+            slots_TK = dsa.select(dsa.Index(q_index_TJI, keys_SI, w_TJ, scale_S), ranges, self.index_topk)
         else:  # Keep Top-k: the engine's choice
-            kept_TK = rows.kept_TK.int()
+            kept_TK = join(rows.kept_TK).int()
             slots_TK = torch.where(kept_TK < 0, kept_TK, kept_TK + ranges.begin_N[:, None])
         o_THR, kl = dsa.attend(
-            self._latent_queries(rows.q_nope_THN, rows.q_rot_THP),
+            self._latent_queries(rows.q_THE, rows.rope_TP),
             entries_SE,
             slots_TK,
             scale=self.scaling,
             value_size=self.kv_lora_rank,
             deterministic=context.backend.deterministic,
             index=index,
-            weight_T=rows.weight_T,
+            weight_T=None if rows.weight_T is None else join(rows.weight_T),
         )
         record = context.record(self.layer_idx)
         if kl is not None:
@@ -252,16 +320,15 @@ class DsaAttention(hf.DeepseekV32Attention):
         if context.record_kept:
             kept_TK = torch.where(slots_TK < 0, slots_TK, slots_TK - ranges.begin_N[:, None])
             record.kept_BQK = context.grid(kept_TK)
-        return self._values(o_THR)
+        return self._values(o_THR, places)
 
-    def _decode(self, rows: "_Rows", pages: Pages, context: Context) -> Tensor:
+    def _decode(self, rows: Rows, pages: Pages, context: Context, out_THV: Tensor | None) -> Tensor:
         from posttrain.kernels import dsa  # triton exists on Linux only
 
-        q_THE = self._latent_queries(rows.q_nope_THN, rows.q_rot_THP)
         o_BQHR, kept_BQK = dsa.decode(
-            context.grid(q_THE),
-            context.grid(rows.q_index_TJI),
-            context.grid(rows.w_TJ),
+            context.grid(self._latent_queries(rows.q_THE, rows.rope_TP)),
+            context.grid(join(rows.q_index_TJI)),
+            context.grid(join(rows.w_TJ)),
             pages,
             num_kept=self.index_topk,
             scale=self.scaling,
@@ -269,7 +336,10 @@ class DsaAttention(hf.DeepseekV32Attention):
         )
         if context.record_kept:
             context.record(self.layer_idx).kept_BQK = kept_BQK
-        return self._values(context.flat(o_BQHR))
+        o_THR = context.flat(o_BQHR)
+        if out_THV is None and not torch.is_grad_enabled():
+            out_THV = self._room(o_THR)
+        return self._values(o_THR, None if out_THV is None else (out_THV,))
 
     def _dense(self, q_THE: Tensor, entries_TE: Tensor, context: Context) -> Tensor:
         q_BQHE, entries_BLE = context.grid(q_THE), context.keys(self.layer_idx, "entries", entries_TE)
@@ -277,16 +347,15 @@ class DsaAttention(hf.DeepseekV32Attention):
         kv_BLH = self.kv_b_proj(latent_BLR).unflatten(-1, (q_BQHE.shape[2], -1))
         k_nope_BLHN, v_BLHV = kv_BLH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         k_rot_BLHP = k_rot_BLP[:, :, None].expand(-1, -1, q_BQHE.shape[2], -1)
-        k_BHLE = torch.cat((k_nope_BLHN, k_rot_BLHP), dim=-1).transpose(1, 2)
-        q_BHQE, v_BHLV = q_BQHE.transpose(1, 2), v_BLHV.transpose(1, 2)
-        square = context.square  # the fused kernel knows it
-        mask = None if square else context.mask()
+        k_BLHE = torch.cat((k_nope_BLHN, k_rot_BLHP), dim=-1)
+        if context.square:  # the fused kernels know it
+            return context.flat(dense.causal(q_BQHE, k_BLHE, v_BLHV, self.scaling))
+        mask_BQL = context.mask()
         o_BHQV = F.scaled_dot_product_attention(
-            q_BHQE,
-            k_BHLE,
-            v_BHLV,
-            attn_mask=None if mask is None else mask[:, None],
-            is_causal=square,
+            q_BQHE.transpose(1, 2),
+            k_BLHE.transpose(1, 2),
+            v_BLHV.transpose(1, 2),
+            attn_mask=mask_BQL[:, None],
             scale=self.scaling,
         )
         return context.flat(o_BHQV.transpose(1, 2))
@@ -312,45 +381,6 @@ class DsaAttention(hf.DeepseekV32Attention):
             record.recall = torch.stack([(x * counted_BQ).sum() for x in (caught_BQ, oracle_BQ)])
 
 
-@dataclass(slots=True)
-class _Tokens:
-    """What the projections make of each token; the indexer's part only where it is used."""
-
-    q_nope_THN: Tensor
-    q_rot_THP: Tensor
-    entries_TE: Tensor
-    q_index_TJI: Tensor | None = None
-    k_index_TI: Tensor | None = None
-    w_TJ: Tensor | None = None
-    k_stored_TX: Tensor | None = None
-    """The keys as caches hold them; without e4m3 they are k_index_TI."""
-
-    def index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and head weights of the indexer."""
-        assert self.q_index_TJI is not None and self.k_index_TI is not None and self.w_TJ is not None, (
-            "unused"
-        )
-        return self.q_index_TJI, self.k_index_TI, self.w_TJ
-
-    def stored(self) -> Tensor:
-        """Keys of the indexer that select."""
-        assert self.k_stored_TX is not None, "unused"
-        return self.k_stored_TX
-
-    def rows(self, rows: slice) -> "_Tokens":
-        """Some of them."""
-        parts = (
-            self.q_nope_THN,
-            self.q_rot_THP,
-            self.entries_TE,
-            self.q_index_TJI,
-            self.k_index_TI,
-            self.w_TJ,
-            self.k_stored_TX,
-        )
-        return _Tokens(*(part if part is None else part[rows] for part in parts))  # type: ignore[arg-type]  # the first three are there
-
-
 @dataclass(frozen=True, slots=True)
 class _Scores:
     """Index scores of the torch backend, fp32 [B, Q, L]; one tensor twice unless there is a selection, by e4m3."""
@@ -358,25 +388,6 @@ class _Scores:
     learn_BQL: Tensor | None
     """What the indexer's loss sees; None without one."""
     select_BQL: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """What the Triton path knows of each query."""
-
-    q_nope_THN: Tensor
-    q_rot_THP: Tensor
-    q_index_TJI: Tensor
-    w_TJ: Tensor
-    """With every factor."""
-    kept_TK: Tensor | None
-    """Positions in the document to keep instead of the indexer's choice."""
-    weight_T: Tensor | None
-    """How often each counts in the indexer's loss; None: once."""
-
-    def select(self, at: Tensor) -> "_Rows":
-        parts = (self.q_nope_THN, self.q_rot_THP, self.q_index_TJI, self.w_TJ, self.kept_TK, self.weight_T)
-        return _Rows(*(part if part is None else part.index_select(0, at) for part in parts))  # type: ignore[arg-type]  # only the last two may be None
 
 
 def _has_dense_rows(context: Context) -> bool:

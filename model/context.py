@@ -13,21 +13,19 @@ Shape letters: T tokens, B rows, Q queries per row, L keys per row, S slots, N l
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from posttrain.kernels import e4m3, reference
 from posttrain.kernels.backend import TORCH, Backend
+from posttrain.kernels.dense import LONG
 from posttrain.kernels.lanes import send
 from posttrain.kernels.pages import Pages
 from posttrain.model.entry import Entry
-from posttrain.model.plan import Plan, plan_rows
+from posttrain.model.plan import KERNELS, Plan, plan_rows
 from posttrain.model.regrid import to_flat, to_grid
-
-if TYPE_CHECKING:  # triton exists on Linux only
-    from posttrain.kernels.index_topk_triton import Ranges
 
 AttentionMode = Literal["dense", "sparse"]
 IndexerLoss = Literal["none", "dense", "sparse"]
@@ -191,15 +189,18 @@ class PackedContext(Base):
             self.host_lengths = tuple(lengths_S.tolist())
         lengths = self.host_lengths
         rows, width, num_tokens = len(lengths), max(lengths), sum(lengths)
+        self._shape, self.num_keys = (rows, width), width
         columns_L = torch.arange(width, device=starts_S.device)
+        self.query_positions_BQ = columns_L.expand(rows, width)
+        if rows == 1:
+            self.positions_T = self._to_grid = self._to_flat = columns_L
+            return
         # Padding repeats the document's last token: finite numbers that no real query can see.
         self._to_grid = (starts_S[:, None] + columns_L.minimum(lengths_S[:, None] - 1)).reshape(-1)
         rows_S = torch.arange(rows, device=starts_S.device)
         row_T = torch.repeat_interleave(rows_S, lengths_S, output_size=num_tokens)
         self.positions_T = torch.arange(num_tokens, device=starts_S.device) - starts_S[row_T]
         self._to_flat = row_T * width + self.positions_T
-        self.query_positions_BQ = columns_L.expand(rows, width)
-        self._shape, self.num_keys = (rows, width), width
 
     def grid(self, x_T: Tensor) -> Tensor:
         x_N = x_T if self._full else to_grid(x_T, self._to_grid, self._to_flat)
@@ -227,9 +228,9 @@ class PackedContext(Base):
         if num_early not in self._plans:
             assert self.host_lengths is not None, "known since the context was made"
             lengths = self.host_lengths
-            starts = [0, *itertools.accumulate(lengths)]
+            starts = [0, *itertools.accumulate(lengths)][:-1]
             early = [min(length, num_early) for length in lengths]
-            self._plans[num_early] = plan_documents(starts[:-1], lengths, early, self.cu_seqlens_S.device)
+            self._plans[num_early] = plan_documents(starts, lengths, early, self.cu_seqlens_S.device)
         return self._plans[num_early]
 
     @property
@@ -418,19 +419,27 @@ def plan_documents(
 ) -> Plan:
     """The plan for documents with these first slots and so many rows each, of which the first `early` ones are dense.
 
-    Of a document that an earlier pass has begun, with so many tokens, none may be: its keys are not all here.
+    Each long document is a dense part of its own, and all short ones together are one, padded to the longest. Of a document
+    that an earlier pass has begun, with so many tokens, no row may be dense: its keys are not all here.
     """
-    from posttrain.kernels.index_topk_triton import packed  # triton exists on Linux only
-
+    short = [num for num in early if num < LONG]
+    parts = [tuple(num for num in short if num)] if any(short) else []
+    part_B = []
+    for num in early:
+        part_B.append(0 if num < LONG else len(parts))
+        parts += [] if num < LONG else [(num,)]
     sizes, early_B = torch.tensor(lengths), torch.tensor(early)
     row_T = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     positions_T = row_T if begun is None else row_T + torch.tensor(begun).repeat_interleave(sizes)
     begin_T = torch.tensor(starts).repeat_interleave(sizes)
+    is_early_T = row_T < early_B.repeat_interleave(sizes)
+    way_T = torch.tensor(part_B).repeat_interleave(sizes).where(is_early_T, torch.tensor(KERNELS))
 
-    def dense() -> tuple[PackedContext, "Ranges"]:
-        cut = tuple(num for num in early if num)
-        cuts_S = send(torch.tensor([0, *itertools.accumulate(cut)]), device)
-        context = PackedContext(attention="dense", cu_seqlens_S=cuts_S, host_lengths=cut)
-        return context, packed(cut, device)
+    def dense() -> list[PackedContext]:
+        cuts = (send(torch.tensor([0, *itertools.accumulate(part)]), device) for part in parts)
+        return [
+            PackedContext(attention="dense", cu_seqlens_S=cut_S, host_lengths=part)
+            for cut_S, part in zip(cuts, parts, strict=True)
+        ]
 
-    return plan_rows(begin_T, positions_T, row_T < early_B.repeat_interleave(sizes), device, dense)
+    return plan_rows(begin_T, positions_T, way_T, device, dense)

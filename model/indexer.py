@@ -53,16 +53,12 @@ class LightningIndexer(hf.DeepseekV32Indexer):
         detached here. Order inside a head: [rotary | rest].
         """
         x_TD, latent_TC = x_TD.detach(), latent_TC.detach()
-        rotary = self.qk_rope_head_dim
         q_TJI = self.wq_b(latent_TC).view(-1, self.n_heads, self.head_dim)
         norm: nn.LayerNorm = self.k_norm
         k_TI = F.layer_norm(
             self.wk(x_TD).float(), (self.head_dim,), norm.weight.float(), norm.bias.float(), norm.eps
         ).to(x_TD.dtype)
-        q_TJI, k_TI = (
-            torch.cat((rotate(x[..., :rotary], rope, halves=True), x[..., rotary:]), -1)
-            for x in (q_TJI, k_TI)
-        )
+        q_TJI, k_TI = (rotate(x, rope, halves=True, overwrite=True) for x in (q_TJI, k_TI))
         if self.use_hadamard:  # both sides or none: rotating one side destroys the scores
             q_TJI, k_TI = hadamard(q_TJI), hadamard(k_TI)
         w_TJ = F.linear(x_TD.float(), self.weights_proj.weight.float()) * self.n_heads**-0.5

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from posttrain.kernels import reference
 from posttrain.kernels.backend import Backend
+from posttrain.kernels.dense import LONG
 from posttrain.kernels.pages import Pages
 from posttrain.model.context import (
     AttentionMode,
@@ -224,8 +225,9 @@ class _Chunks(_Part):
         if num_early not in self._plans:
             begun = [end - count for count, end in zip(self.counts_B, self.ends_B, strict=True)]
             whole = [0 if old else min(end, num_early) for end, old in zip(self.ends_B, begun, strict=True)]
-            # Dense rows are padded to the longest document: of less than half its length one costs less by the kernels.
-            early = [num if 2 * num >= max(whole) else 0 for num in whole]
+            # Short ones are padded to the longest of them: of less than half its length one costs less by the kernels.
+            longest = max((num for num in whole if num < LONG), default=0)
+            early = [num if 2 * num >= longest else 0 for num in whole]
             starts = [0, *itertools.accumulate(self.ends_B)][:-1]
             device = self.positions_T.device
             self._plans[num_early] = plan_documents(starts, self.counts_B, early, device, begun=begun)

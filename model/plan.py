@@ -1,37 +1,49 @@
 """Which way each row (token) of a pass goes under the Triton backend: dense attention, or the kernels.
 
-Made once per pass on the host, used by every layer. Next: context.py, attention.py.
+Made once per pass on the host, used by every layer. Next: context.py, rows.py, attention.py.
 
 Shape letters: T tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from posttrain.kernels.lanes import send
-
 if TYPE_CHECKING:  # triton exists on Linux only, and contexts make plans
     from posttrain.kernels.index_topk_triton import Ranges
     from posttrain.model.context import PackedContext
 
+KERNELS = -1
+"""The way of rows that the kernels attend to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The first rows of every document, which keep all their keys, and the others."""
+    """The first rows of documents, which keep all their keys, and the others, as runs of rows that go one way."""
 
-    early_T: Tensor
-    late_T: Tensor
-    """Rows of the pass, ascending, as are early_T."""
-    back_T: Tensor
-    """Where each row stands in [early | late]."""
-    early: "PackedContext"
-    """The early rows as documents of their own."""
-    early_ranges: "Ranges"
-    """Keys of each early row, among the early rows."""
+    sizes: tuple[int, ...]
+    """Rows of each run, in the order of the pass."""
+    ways: tuple[int, ...]
+    """Where each run goes: to the dense part of that number, or KERNELS."""
+    dense: tuple["PackedContext", ...]
+    """The rows of each dense part as documents of their own."""
+
+    def parts(self, x_T: Tensor) -> list[tuple[Tensor, ...]]:
+        """What each dense part gets of x, run by run, and as the last the kernels."""
+        runs = list(zip(self.ways, x_T.split(self.sizes), strict=True))
+        return [tuple(run for way, run in runs if way == part) for part in (*range(len(self.dense)), KERNELS)]
+
+    def whole(self, found: Sequence[Tensor]) -> Tensor:
+        """The rows of the pass from those of each dense part, and as the last, if there are any, the kernels'."""
+        parts = []
+        for part, x in zip((*range(len(self.dense)), KERNELS), found, strict=False):
+            parts.append(
+                iter(x.split([n for n, way in zip(self.sizes, self.ways, strict=True) if way == part]))
+            )
+        return torch.cat([next(parts[way]) for way in self.ways])
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +59,20 @@ class Plan:
 def plan_rows(
     begin_T: Tensor,
     positions_T: Tensor,
-    is_early_T: Tensor,
+    way_T: Tensor,
     device: torch.device,
-    early: Callable[[], "tuple[PackedContext, Ranges]"],
+    dense: Callable[[], "Sequence[PackedContext]"],
 ) -> Plan:
-    """The plan for rows at these positions of documents that begin at these slots, on the host; which of them are dense.
+    """The plan for rows at these positions of documents that begin at these slots, on the host; which way each goes.
 
-    early makes the dense rows' own context and their keys among them; asked for only where there are any.
+    dense makes the contexts of the dense parts; asked for only where there are any.
     """
     from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
 
     end_T = begin_T + positions_T + 1
-    if not is_early_T.any():
+    late_T = way_T == KERNELS
+    if late_T.all():
         return Plan(key_ranges(begin_T, end_T, device))
-    early_T, late_T = is_early_T.nonzero()[:, 0], (~is_early_T).nonzero()[:, 0]
-    context, ranges = early()
-    split = Split(
-        early_T=send(early_T, device),
-        late_T=send(late_T, device),
-        back_T=send(torch.cat((early_T, late_T)).argsort(), device),
-        early=context,
-        early_ranges=ranges,
-    )
-    return Plan(key_ranges(begin_T[late_T], end_T[late_T], device) if len(late_T) else None, split)
+    ways, sizes = way_T.unique_consecutive(return_counts=True)
+    split = Split(tuple(sizes.tolist()), tuple(ways.tolist()), tuple(dense()))
+    return Plan(key_ranges(begin_T[late_T], end_T[late_T], device) if late_T.any() else None, split)

@@ -1,7 +1,8 @@
 """Rotary embedding as multiplication by unit complex numbers, for MLA (pairs) and for the indexer (halves).
 
 The result is laid out in pairs either way: a rotated query only ever meets a rotated key, in a dot product,
-and there any common order gives the same number. Next: attention.py, indexer.py.
+and there any common order gives the same number. What is written here is the definition and what the CPU runs; on a GPU
+one kernel does it, in training as in generation. Next: ../kernels/rope_triton.py, attention.py, indexer.py.
 
 Shape letters: T tokens, P rotary size of a head.
 """
@@ -21,11 +22,39 @@ def unit_circle(rotary_emb: nn.Module, positions_T: Tensor) -> Rope:
     return torch.complex(cos_1TP[0, :, :half], sin_1TP[0, :, :half])
 
 
-def rotate(x: Tensor, rope: Rope, *, halves: bool = False) -> Tensor:
-    """Rotate the last dimension of x [T, ..., P] in fp32; returns x's dtype.
+def rotate(x: Tensor, rope: Rope, *, start: int = 0, halves: bool = False, overwrite: bool = False) -> Tensor:
+    """x [T, ..., W] with components start .. start + P - 1 rotated, in fp32; returns x's dtype.
 
-    Components i and i + 1 form a number (interleaved, GPT-J), or with halves i and i + P / 2 (NeoX).
+    Components i and i + 1 form a number (interleaved, GPT-J), or with halves i and i + P / 2 (NeoX). With overwrite nobody
+    needs x any more, and where there is no gradient either the result may take its place.
     """
+    if _has_kernel(x):
+        from posttrain.kernels import rope_triton  # triton exists on Linux only
+
+        return rope_triton.rotate(x, rope, start=start, halves=halves, overwrite=overwrite)
+    end = start + 2 * rope.shape[-1]
+    turned = _turned(x[..., start:end], rope, halves)
+    if turned.shape == x.shape:
+        return turned
+    parts = (x[..., :start], turned, x[..., end:])
+    return torch.cat([part for part in parts if part.shape[-1]], -1)
+
+
+def rotate_into(out: Tensor, x: Tensor, rope: Rope) -> None:
+    """Write x [T, ..., P], rotated, to a place of its own. No gradient."""
+    if _has_kernel(x):
+        from posttrain.kernels import rope_triton  # triton exists on Linux only
+
+        rope_triton.rotate_into(out, x, rope)
+    else:
+        out.copy_(_turned(x, rope, halves=False))
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _turned(x: Tensor, rope: Rope, halves: bool) -> Tensor:
     numbers = (
         x.float().unflatten(-1, (2, -1)).transpose(-1, -2) if halves else x.float().unflatten(-1, (-1, 2))
     )

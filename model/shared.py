@@ -8,7 +8,6 @@ Shape letters: T tokens that are run, F places in documents, S documents, N plac
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,7 @@ from torch import Tensor
 
 from posttrain.kernels.lanes import send
 from posttrain.model.context import KeyName, PackedContext
-from posttrain.model.plan import Plan, plan_rows
-
-if TYPE_CHECKING:  # triton exists on Linux only
-    from posttrain.kernels.index_topk_triton import Ranges
+from posttrain.model.plan import KERNELS, Plan, plan_rows
 
 
 @dataclass(slots=True)
@@ -61,32 +57,30 @@ class SharedContext(PackedContext):
             starts_F = (lengths_S.cumsum(0) - lengths_S).repeat_interleave(lengths_S)
             positions_T = place_T - starts_F[place_T]
 
-            def early() -> tuple[PackedContext, "Ranges"]:
-                return self._early(token_F, place_T, positions_T, num_early)
+            def dense() -> list[PackedContext]:
+                return [self._early(token_F, place_T, positions_T, num_early)]
 
+            way_T = torch.where(positions_T < num_early, 0, KERNELS)
             device = self.token_F.device
-            is_early_T = positions_T < num_early
-            self._plans[num_early] = plan_rows(place_T - positions_T, positions_T, is_early_T, device, early)
+            self._plans[num_early] = plan_rows(place_T - positions_T, positions_T, way_T, device, dense)
         return self._plans[num_early]
 
     def _early(
         self, token_F: Tensor, place_T: Tensor, positions_T: Tensor, num_early: int
-    ) -> tuple["SharedContext", "Ranges"]:
-        """The first num_early tokens of each document, and the keys of each among the early places; all on the host."""
-        from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
-
+    ) -> "SharedContext":
+        """The first num_early tokens of each document; what is given is on the host."""
         device = self.token_F.device
         lengths_S = torch.tensor(self.host_lengths).clamp(max=num_early)
         is_early_T = positions_T < num_early
         is_early_F = is_early_T[token_F]
         # Numbers among early tokens and among early places.
         token_T, place_F = is_early_T.cumsum(0) - 1, is_early_F.cumsum(0) - 1
-        early_place_T = place_F[place_T[is_early_T]]
-        context = SharedContext(
+        places = token_T[token_F[is_early_F]], place_F[place_T[is_early_T]]
+        return SharedContext(
             attention="dense",
             cu_seqlens_S=send(F.pad(lengths_S.cumsum(0), (1, 0)), device),
             host_lengths=tuple(lengths_S.tolist()),
-            token_F=send(token_T[token_F[is_early_F]], device),
-            place_T=send(early_place_T, device),
+            token_F=send(places[0], device),
+            place_T=send(places[1], device),
+            host_places=places,
         )
-        return context, key_ranges(early_place_T - positions_T[is_early_T], early_place_T + 1, device)

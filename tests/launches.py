@@ -21,6 +21,7 @@ from posttrain.kernels import (
     indexer_kl_triton,
     invariant_triton,
     paged_mla_triton,
+    rope_triton,
     sparse_mla_backward_triton,
     sparse_mla_triton,
     warmup_kl_triton,
@@ -154,7 +155,23 @@ def _decode_from_e4m3(new: int, sequences: int) -> None:
     dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=0.1, value_size=LATENT)
 
 
+def _rotations() -> None:
+    """Of queries, index queries and keys: in place, to another place, for training."""
+    turns = torch.zeros(QUERIES, ROTARY // 2, dtype=torch.complex64)
+    q, q_index, entries = (
+        _bf16(QUERIES, 64, OWN + ROTARY),
+        _bf16(QUERIES, 64, INDEX_SIZE),
+        _bf16(QUERIES, 576),
+    )
+    for x, start, halves in ((q, OWN, False), (q_index, 0, True), (entries[:, LATENT:], 0, False)):
+        rope_triton.rotate(x, turns, start=start, halves=halves, overwrite=True)
+        leaf = x.detach().requires_grad_()
+        rope_triton.rotate(leaf, turns, start=start, halves=halves, overwrite=False).backward(x)
+    rope_triton.rotate_into(_bf16(QUERIES, 64, LATENT + ROTARY)[..., LATENT:], q[..., OWN:], turns)
+
+
 LAUNCHES: dict[str, Launch] = {
+    "rotations": Launch(call=_rotations, spill=0),
     **{
         f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h), spill=32)
         for h in (128, 64, 16)

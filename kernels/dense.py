@@ -1,0 +1,50 @@
+"""Causal attention of whole documents by torch, whose kernel is named here and not left to the process.
+
+cuDNN's is several times as fast as the others on Hopper, but makes a plan for every shape it meets, which can take half a
+second; and vLLM turns it off in its process. So it gets the long documents, one at a time and of few lengths; short ones, of any
+number and length, have the one kernel that takes a head whose values are smaller than its keys. On the CPU the choice is
+torch's. Next: ../model/attention.py.
+
+Shape letters: B documents, L tokens of each, H heads, E size of a head, V value size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+LONG = 512
+"""Tokens from which a document is long."""
+STEP = 256
+"""Long documents are padded to multiples of this."""
+_FOR_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
+
+
+def causal(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:
+    """[B, L, H, V]"""
+    if q_BLHE.is_cuda:
+        return _causal_on_gpu(q_BLHE, k_BLHE, v_BLHV, scale)
+    return _attend(q_BLHE, k_BLHE, v_BLHV, scale)
+
+
+def _causal_on_gpu(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:
+    length = q_BLHE.shape[1]
+    if length < LONG:
+        with sdpa_kernel(_FOR_SHORT, set_priority=True):
+            return _attend(q_BLHE, k_BLHE, v_BLHV, scale)
+    with sdpa_kernel(_FOR_LONG, set_priority=True):
+        parts = (_padded(x).split(1) for x in (q_BLHE, k_BLHE, v_BLHV))
+        found = [_attend(q, k, v, scale)[:, :length] for q, k, v in zip(*parts, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:
+    q_BHLE, k_BHLE, v_BHLV = (x.transpose(1, 2) for x in (q_BLHE, k_BLHE, v_BLHV))
+    return F.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLV, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def _padded(x_BLHE: Tensor) -> Tensor:
+    """Zeros behind each document: no query sees them."""
+    spare = -x_BLHE.shape[1] % STEP
+    return F.pad(x_BLHE, (0, 0, 0, 0, 0, spare)) if spare else x_BLHE
