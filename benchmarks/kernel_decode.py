@@ -41,7 +41,7 @@ class Problem:
         """What the engine runs per layer."""
         return dsa.decode(
             self.q_B1HE, self.q_index_B1JI, self.w_B1J, self.pages,
-            num_kept=self.size.kept, scale=self.size.scale, value_size=self.size.latent,
+            num_kept=self.size.kept, scale=self.size.scale, value_size=self.size.latent, max_rows=len(self.q_B1HE),
         )  # fmt: skip
 
 
@@ -150,8 +150,9 @@ def _select(problem: Problem) -> Tensor:
 
 
 def _attend(problem: Problem, kept: Tensor) -> Any:
-    size = problem.size
-    return paged_mla_triton.attend(problem.q_B1HE, problem.pages, kept, size.scale, size.latent)
+    size, q = problem.size, problem.q_B1HE
+    part = paged_mla_triton.part_size(len(q), q.shape[2], size.kept)
+    return paged_mla_triton.attend(q, problem.pages, kept, size.scale, size.latent, part=part)
 
 
 def _check(problem: Problem) -> dict[str, Any]:

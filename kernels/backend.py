@@ -29,6 +29,8 @@ class Backend:
     """Gradients that many queries add to are the same bits every time."""
     dense_rows: bool = True
     """With Triton: rows that keep all their keys go through dense attention, the same function for less."""
+    max_rows: int = 64
+    """Sequences that an engine decodes at the same time, at most: what the parts of a row are sized for."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason}{', deterministic' if self.deterministic else ''})"

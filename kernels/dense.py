@@ -1,7 +1,7 @@
 """Causal attention of whole documents by torch, whose kernel is named here and not left to the process.
 
 cuDNN's is several times as fast as the others on Hopper, but makes a plan for every shape it meets, which can take half a
-second; and vLLM turns it off in its process. So it gets the long documents, one at a time and of few lengths; short ones, of any
+second; and vLLM turns it off in its process. So it gets the long documents, in few lengths and numbers; short ones, of any
 number and length, have the one kernel that takes a head whose values are smaller than its keys. On the CPU the choice is
 torch's. Next: ../model/attention.py.
 
@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LONG = 512
 """Tokens from which a document is long."""
-STEP = 256
-"""Long documents are padded to multiples of this."""
+STEP = 128
+"""Long documents are padded to multiples of this; at once go a power of two of them."""
 _FOR_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
 
@@ -34,7 +34,8 @@ def _causal_on_gpu(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float)
         with sdpa_kernel(_FOR_SHORT, set_priority=True):
             return _attend(q_BLHE, k_BLHE, v_BLHV, scale)
     with sdpa_kernel(_FOR_LONG, set_priority=True):
-        parts = (_padded(x).split(1) for x in (q_BLHE, k_BLHE, v_BLHV))
+        sizes = [1 << n for n in reversed(range(len(q_BLHE).bit_length())) if len(q_BLHE) >> n & 1]
+        parts = (_padded(x).split(sizes) for x in (q_BLHE, k_BLHE, v_BLHV))
         found = [_attend(q, k, v, scale)[:, :length] for q, k, v in zip(*parts, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
 

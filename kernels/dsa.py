@@ -84,15 +84,17 @@ def decode(
     num_kept: int,
     scale: float,
     value_size: int,
+    max_rows: int,
 ) -> tuple[Tensor, Tensor]:
     """Latent output [B, Q, H, R] of new tokens that are in the cache already, and the kept positions int32 [B, Q, K].
 
-    q and the indexer's q and w are as in select() and attend(). Raises ValueError for what does not fit.
+    A row's bits depend on max_rows, of the engine, and not on B. q and the indexer's q and w are as in select() and attend(). Raises ValueError for what does not fit.
     """
     if pages.scale_PS is not None:
         q_index_BQJI, w_BQJ = _quantized(q_index_BQJI, w_BQJ)
     kept_BQK = paged_index_topk_triton.topk(q_index_BQJI, w_BQJ, pages, num_kept)
-    o_BQHR, _ = paged_mla_triton.attend(q_BQHE, pages, kept_BQK, scale, value_size)
+    part = paged_mla_triton.part_size(max_rows, q_BQHE.shape[2], num_kept)
+    o_BQHR, _ = paged_mla_triton.attend(q_BQHE, pages, kept_BQK, scale, value_size, part=part)
     return o_BQHR, kept_BQK
 
 

@@ -23,14 +23,16 @@ SIZES = (64, 128)
 KEYS = 128
 QUERIES = 32
 WARPS = 4
-REGISTERS = {8: 128, 16: 168}
-"""Of a thread, by the bits of a number: so that four or three programs share a multiprocessor."""
+REGISTERS = 168
+"""Of a thread, so that three programs share a multiprocessor."""
 BUFFERS = 3
 """Queries in shared memory: two on their way, one in the product."""
 
 
 @gluon.jit
-def _seen(begin_ptr, end_ptr, first_row, rows, group, key, K: gl.constexpr, BK: gl.constexpr, BQ: gl.constexpr):
+def _seen(
+    begin_ptr, end_ptr, first_row, rows, group, key, K: gl.constexpr, BK: gl.constexpr, BQ: gl.constexpr
+):
     """First and last + 1 row of BQ that need the scores of BK keys from `key` on: rows that keep not all."""
     line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     row = group + gl.arange(0, BQ, layout=line)
@@ -74,7 +76,9 @@ def scores_kernel(
     x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, J, 256 // bits])
     wide: gl.constexpr = row_layout(I, 128 // bits, gl.num_warps())
     group = gl.program_id(1) * BQ
-    start, stop = _seen(begin_ptr, end_ptr, first_row, rows, group, first_key + gl.program_id(0) * BK, K, BK, BQ)
+    start, stop = _seen(
+        begin_ptr, end_ptr, first_row, rows, group, first_key + gl.program_id(0) * BK, K, BK, BQ
+    )
     if start < stop:
         key = first_key + gl.program_id(0) * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, wide))
         i = gl.arange(0, I, layout=gl.SliceLayout(0, wide))
@@ -108,7 +112,15 @@ def scores_kernel(
             w = w_smem.index(n % BUFFERS).load(gl.SliceLayout(0, x_layout))
             ahead = n + BUFFERS - 1
             buffer = ahead % BUFFERS
-            _copy(q_ptr, w_ptr, gl.minimum(first + ahead, last), q_smem.index(buffer), w_smem.index(buffer), J, I)
+            _copy(
+                q_ptr,
+                w_ptr,
+                gl.minimum(first + ahead, last),
+                q_smem.index(buffer),
+                w_smem.index(buffer),
+                J,
+                I,
+            )
             x = warpgroup_mma_wait(0, deps=[x])
             score = scale * gl.sum((x + gl.abs(x)) * w[None, :], 1)  # product_triton.twice_relu
             gl.store(out, _ordered(score), mask=at < width)

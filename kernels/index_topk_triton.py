@@ -252,7 +252,7 @@ def _write_by_gluon(
         q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, out, ranges.begin_N, ranges.end_N,
         chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
         J=J, I=I, K=num_kept, BK=gluon.KEYS, BQ=gluon.QUERIES, BUFFERS=gluon.BUFFERS,
-        SCALED=k_scale_S is not None, num_warps=gluon.WARPS, maxnreg=gluon.REGISTERS[8 * q_NJI.element_size()],
+        SCALED=k_scale_S is not None, num_warps=gluon.WARPS, maxnreg=gluon.REGISTERS,
     )  # fmt: skip
 
 

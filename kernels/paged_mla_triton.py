@@ -24,14 +24,17 @@ from posttrain.kernels.product_triton import block, dot, interpreted
 from posttrain.kernels.sparse_mla_triton import LOG2E, MANY, Tiles, fits_gluon
 
 PART = 512
-"""Kept entries of a part."""
+"""Kept entries of a part, at least."""
 FEW_HEADS = Tiles(heads=32)
 MULTIPROCESSORS = 132
 """Of an H100 or H200, each of which has room for one program of the Gluon kernel."""
 START = 3
 """Tiles that fit the time in which such a program starts and ends."""
-AHEAD = 6
-"""Tiles by which entries are fetched to the L2 before they are copied; even, 0: not at all."""
+STORE, MERGE, COMBINE = 2, 4, 3
+"""Tiles that fit the time in which a part is written down, in which it is put together with those before, and in which the
+second kernel puts all together: 128 KB go through the L2 from every multiprocessor at once."""
+ROUNDS = 3
+"""Programs of a multiprocessor, at most: more parts than that only cost their putting together."""
 
 
 @triton.jit
@@ -183,7 +186,7 @@ def _parts_by_gluon(
         pool_PSE.stride(0) // 8, pool_PSE.stride(1) // 8,
         Q=Q, H=H, R=R, P=E - R, K=K, PART=part, PARTS=parts, COUNT=count, PAGE=pages.page,
         KB=max(triton.next_power_of_2(count * part), 32 * gluon.WARPS), BH=gluon.TILE, BK=gluon.TILE,
-        AHEAD=AHEAD, num_warps=gluon.WARPS,
+        num_warps=gluon.WARPS,
     )  # fmt: skip
     return count == parts
 
@@ -196,9 +199,25 @@ def _parts_together(rows: int, parts: int, part: int) -> int:
 
     def cost(count: int) -> int:
         rounds = triton.cdiv(rows * (parts // count), MULTIPROCESSORS)
-        return rounds * (count * part // sparse_mla_gluon.TILE + START)
+        whole = count == parts
+        tiles = (
+            START + count * part // sparse_mla_gluon.TILE + (MERGE * (count - 1) if whole else STORE * count)
+        )
+        return rounds * tiles + (0 if whole else COMBINE)
 
     return min((n for n in range(1, parts + 1) if parts % n == 0), key=cost)
+
+
+def part_size(max_rows: int, num_heads: int, num_kept: int) -> int:
+    """Kept entries of a part for an engine that decodes so many rows at most: small enough to keep a GPU busy with a few.
+
+    It follows from the engine and not from a batch, whose rows would else have other bits.
+    """
+    part = PART
+    groups = max_rows * triton.cdiv(num_heads, sparse_mla_gluon.TILE)
+    while part < num_kept and groups * triton.cdiv(num_kept, part) > ROUNDS * MULTIPROCESSORS:
+        part *= 2
+    return part
 
 
 def _fits_gluon(q_BQHE: Tensor, pages: Pages, value_size: int) -> bool:

@@ -71,50 +71,16 @@ def _copy(kv_ptr, stride, rows_wide, rows_narrow, k_smem, k_rot_smem, R: gl.cons
 
 
 @gluon.jit
-def _fetch(
-    kv_ptr, unit, slots_row, tile, num_slots, stand_in, K, table_row, stride_block, stride_token,
-    E: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
-):  # fmt: skip
-    """Ask for two tiles of entries to come to the L2, a row per thread: one instruction for all of an entry."""
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    rows = _rows(
-        slots_row, tile * BK, num_slots, stand_in, K, table_row, stride_block, stride_token, 2 * BK, PAGE, line
-    )  # fmt: skip
-    num_bytes: gl.constexpr = E * kv_ptr.dtype.element_ty.primitive_bitwidth // 8
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [(kv_ptr + rows.to(gl.int64) * unit).to(gl.int64, bitcast=True), num_bytes],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _producer(
     kv_ptr, unit, slots_row, num_slots, stand_in, tiles, K, table_row, stride_block, stride_token,
     k_smem, k_rot_smem, full, empty,
-    R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr, AHEAD: gl.constexpr,
+    R: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Copy one tile after another into the buffers that are handed back; `unit` numbers are one row or stride.
-
-    With AHEAD, an even number, entries are fetched to the L2 that many tiles before: those of a cache are in nobody's.
-    """
+    """Copy one tile after another into the buffers that are handed back; `unit` numbers are one row or stride."""
     wide: gl.constexpr = gl.SliceLayout(1, row_layout(R, 8, gl.num_warps()))
     narrow: gl.constexpr = gl.SliceLayout(1, row_layout(P, 8, gl.num_warps()))
-    for tile in gl.static_range(2, AHEAD, 2):
-        _fetch(
-            kv_ptr, unit, slots_row, tile, num_slots, stand_in, K, table_row, stride_block, stride_token, R + P, BK, PAGE
-        )  # fmt: skip
     for tile in range(tiles):
         buffer = tile % 2
-        if AHEAD > 0:
-            if (buffer == 0) & (tile + AHEAD < tiles):
-                _fetch(
-                    kv_ptr, unit, slots_row, tile + AHEAD, num_slots, stand_in, K, table_row, stride_block,
-                    stride_token, R + P, BK, PAGE,
-                )  # fmt: skip
         rows_wide = _rows(
             slots_row, tile * BK, num_slots, stand_in, K, table_row, stride_block, stride_token, BK, PAGE, wide
         )  # fmt: skip
@@ -331,7 +297,7 @@ def forward_kernel(
             (
                 _producer,
                 (kv_ptr, E, slots_row, num_slots, stand_in, tiles, K, slots_row, 0, 0, k_smem, k_rot_smem, full, empty,
-                 R, P, BK, 0, 0),
+                 R, P, BK, 0),
             ),
         ],
         [PRODUCER_WARPS],
@@ -356,7 +322,7 @@ def part_kernel(
     num_slots, stride_table, stride_block, stride_token,
     Q: gl.constexpr, H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, PART: gl.constexpr,
     PARTS: gl.constexpr, COUNT: gl.constexpr, PAGE: gl.constexpr, KB: gl.constexpr, BH: gl.constexpr,
-    BK: gl.constexpr, AHEAD: gl.constexpr,
+    BK: gl.constexpr,
 ):  # fmt: skip
     """One new token, BH heads, COUNT of its PARTS parts of PART kept positions: left unnormalised, but if they are all.
 
@@ -391,7 +357,7 @@ def part_kernel(
             (
                 _producer,
                 (pool_ptr, 8, kept_row, num_slots, stand_in, tiles, num, table_row, stride_block, stride_token,
-                 k_smem, k_rot_smem, full, empty, R, P, BK, PAGE, AHEAD),
+                 k_smem, k_rot_smem, full, empty, R, P, BK, PAGE),
             ),
         ],
         [PRODUCER_WARPS],

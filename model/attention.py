@@ -333,6 +333,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             num_kept=self.index_topk,
             scale=self.scaling,
             value_size=self.kv_lora_rank,
+            max_rows=context.backend.max_rows,
         )
         if context.record_kept:
             context.record(self.layer_idx).kept_BQK = kept_BQK

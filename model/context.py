@@ -20,7 +20,7 @@ from torch import Tensor
 
 from posttrain.kernels import e4m3, reference
 from posttrain.kernels.backend import TORCH, Backend
-from posttrain.kernels.dense import LONG
+from posttrain.kernels.dense import LONG, STEP
 from posttrain.kernels.lanes import send
 from posttrain.kernels.pages import Pages
 from posttrain.model.entry import Entry
@@ -416,24 +416,29 @@ def plan_documents(
     device: torch.device,
     *,
     begun: Sequence[int] | None = None,
+    apart: bool = False,
 ) -> Plan:
     """The plan for documents with these first slots and so many rows each, of which the first `early` ones are dense.
 
-    Each long document is a dense part of its own, and all short ones together are one, padded to the longest. Of a document
-    that an earlier pass has begun, with so many tokens, no row may be dense: its keys are not all here.
+    Dense parts are all short documents together, padded to the longest, and long ones of about one length; or with `apart`
+    each long one by itself, whose rows stand together, so that nothing is copied. Of a document that an earlier pass has
+    begun, with so many tokens, no row may be dense: its keys are not all here.
     """
-    short = [num for num in early if num < LONG]
-    parts = [tuple(num for num in short if num)] if any(short) else []
-    part_B = []
-    for num in early:
-        part_B.append(0 if num < LONG else len(parts))
-        parts += [] if num < LONG else [(num,)]
+    groups: dict[int, list[int]] = {}
+    for b, num in enumerate(early):
+        if num:
+            kind = 0 if num < LONG else -b - 1 if apart else -(-num // STEP)
+            groups.setdefault(kind, []).append(b)
+    parts = [tuple(early[b] for b in documents) for documents in groups.values()]
+    part_B = torch.full((len(early),), KERNELS)
+    for part, documents in enumerate(groups.values()):
+        part_B[documents] = part
     sizes, early_B = torch.tensor(lengths), torch.tensor(early)
     row_T = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     positions_T = row_T if begun is None else row_T + torch.tensor(begun).repeat_interleave(sizes)
     begin_T = torch.tensor(starts).repeat_interleave(sizes)
     is_early_T = row_T < early_B.repeat_interleave(sizes)
-    way_T = torch.tensor(part_B).repeat_interleave(sizes).where(is_early_T, torch.tensor(KERNELS))
+    way_T = part_B.repeat_interleave(sizes).where(is_early_T, torch.tensor(KERNELS))
 
     def dense() -> list[PackedContext]:
         cuts = (send(torch.tensor([0, *itertools.accumulate(part)]), device) for part in parts)

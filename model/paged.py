@@ -230,7 +230,9 @@ class _Chunks(_Part):
             early = [num if 2 * num >= longest else 0 for num in whole]
             starts = [0, *itertools.accumulate(self.ends_B)][:-1]
             device = self.positions_T.device
-            self._plans[num_early] = plan_documents(starts, self.counts_B, early, device, begun=begun)
+            self._plans[num_early] = plan_documents(
+                starts, self.counts_B, early, device, begun=begun, apart=True
+            )
         return self._plans[num_early]
 
     def pages(self, layer: int) -> None:

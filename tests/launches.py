@@ -117,7 +117,7 @@ def _pages(sequences: int) -> Pages:
 def _decode(heads: int, new: int, sequences: int) -> None:
     q = _bf16(sequences, new, heads, LATENT + ROTARY)
     q_index, w = _bf16(sequences, new, INDEX_HEADS, INDEX_SIZE), torch.zeros(sequences, new, INDEX_HEADS)
-    dsa.decode(q, q_index, w, _pages(sequences), num_kept=KEPT, scale=0.1, value_size=LATENT)
+    dsa.decode(q, q_index, w, _pages(sequences), num_kept=KEPT, scale=0.1, value_size=LATENT, max_rows=len(q))
 
 
 def _decode_in_one_part() -> None:
@@ -152,7 +152,7 @@ def _decode_from_e4m3(new: int, sequences: int) -> None:
     pages = Pages(pool[..., : entry.latent], keys, table, table[:, 0].contiguous(), SLOTS, scale)
     q, q_index = _bf16(sequences, new, 64, LATENT + ROTARY), _bf16(sequences, new, INDEX_HEADS, INDEX_SIZE)
     w = torch.zeros(sequences, new, INDEX_HEADS)
-    dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=0.1, value_size=LATENT)
+    dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=0.1, value_size=LATENT, max_rows=len(q))
 
 
 def _rotations() -> None:

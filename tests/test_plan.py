@@ -27,7 +27,7 @@ def long_from_6(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_documents_stand_alone_and_short_ones_together() -> None:
     """With seven dense rows: 3 and 4 are short, 9 and 7 long, of 20 none is dense."""
     found = context_module.plan_documents(
-        [0, 3, 12, 16, 36], [3, 9, 4, 20, 7], [3, 7, 4, 0, 7], CPU, begun=[0, 0, 0, 5, 0]
+        [0, 3, 12, 16, 36], [3, 9, 4, 20, 7], [3, 7, 4, 0, 7], CPU, begun=[0, 0, 0, 5, 0], apart=True
     )
     split, ranges = found.split, found.ranges
     assert split is not None and ranges is not None
@@ -43,6 +43,18 @@ def test_long_documents_stand_alone_and_short_ones_together() -> None:
     ]
     assert [len(run) for run in parts[-1]] == [2, 20]
     assert torch.equal(split.whole([torch.cat(part) for part in parts]), x)
+
+
+@pytest.mark.usefixtures("long_from_6")
+def test_long_documents_of_about_one_length_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps of 4: 6 and 8, 9 and 12; of the last nothing is dense."""
+    monkeypatch.setattr(context_module, "STEP", 4)
+    split = context_module.plan_documents(
+        [0, 6, 15, 18, 26, 38], [6, 9, 3, 8, 12, 5], [6, 9, 3, 8, 12, 0], CPU
+    ).split
+    assert split is not None and split.sizes == (6, 9, 3, 8, 12, 5)
+    assert split.ways == (0, 1, 2, 0, 1, KERNELS)
+    assert [part.host_lengths for part in split.dense] == [(6, 8), (9, 12), (3,)]
 
 
 def test_all_rows_one_way() -> None:
@@ -106,7 +118,9 @@ def test_a_mixed_pass_in_parts_is_the_pass(poisoned_memory: None) -> None:
 
 
 @pytest.mark.parametrize("length", [300, 512, 700], ids=["short", "whole", "padded"])
-def test_long_documents_are_padded_and_taken_one_by_one(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_long_documents_are_padded_and_taken_by_powers_of_two(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
     """What a GPU does, with the CPU's kernel: the same numbers, of no more than a few lengths."""
     shapes, attend = [], dense._attend
 
@@ -116,10 +130,11 @@ def test_long_documents_are_padded_and_taken_one_by_one(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(dense, "_attend", watched)
     make = torch.Generator().manual_seed(length)
-    q, k, v = (torch.randn(2, length, 2, size, generator=make, requires_grad=True) for size in (6, 6, 4))
+    q, k, v = (torch.randn(3, length, 2, size, generator=make, requires_grad=True) for size in (6, 6, 4))
     wanted = attend(q, k, v, 0.3)
     found = dense._causal_on_gpu(q, k, v, 0.3)
-    assert shapes == ([(2, 300)] if length == 300 else [(1, -(-length // 256) * 256)] * 2)
+    padded = -(-length // 128) * 128
+    assert shapes == ([(3, 300)] if length == 300 else [(2, padded), (1, padded)])
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
     dout = torch.randn(wanted.shape, generator=make)
     grads = (torch.autograd.grad(x, (q, k, v), dout) for x in (found, wanted))

@@ -56,7 +56,10 @@ class DsaForVllm(nn.Module):
                 moe.run = compat.fused_experts
         choice: Choice = vllm_config.additional_config.get("backend", "auto")
         deterministic = bool(vllm_config.additional_config.get("deterministic", False))
-        self.backend = self.inner.backend(choice, deterministic=deterministic)
+        self.backend = replace(
+            self.inner.backend(choice, deterministic=deterministic),
+            max_rows=vllm_config.scheduler_config.max_num_seqs,
+        )
         self.max_length: int = vllm_config.model_config.max_model_len
         config = self.inner.config
         layers = vllm_config.compilation_config.static_forward_context

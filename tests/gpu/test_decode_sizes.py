@@ -58,7 +58,7 @@ def _queries(num: int, new: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _decode(pages: Pages, q: Tensor, q_index: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    return dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=SCALE, value_size=LATENT)
+    return dsa.decode(q, q_index, w, pages, num_kept=KEPT, scale=SCALE, value_size=LATENT, max_rows=64)
 
 
 @pytest.mark.parametrize("entry", [PLAIN, E4M3], ids=["bf16", "e4m3"])
