@@ -58,7 +58,7 @@ def _rotary_keys(k_rot_ptr, key, in_key, P: tl.constexpr, BP: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows", "first_key"])
 def _probs_kernel(
     q_ptr, k_ptr, k_rot_ptr, lse_ptr, begin_ptr, end_ptr, out_ptr, scale, k_row_stride, k_head_stride,
     first_row, rows, first_key, width,
@@ -92,7 +92,7 @@ def _probs_kernel(
         tl.store(out_ptr + out_at, total, mask=in_row[:, None] & (at < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "longest"])
 def _lse_kernel(
     q_ptr, k_ptr, k_rot_ptr, begin_ptr, end_ptr, lse_ptr, scale, k_row_stride, k_head_stride, num_rows,
     longest,

@@ -62,11 +62,10 @@ def select(index: Index, ranges: Ranges, num_kept: int) -> Tensor:
 
     Order: score descending, slot ascending. Raises ValueError for what does not fit.
     """
-    q_TJI, k_SI, w_TJ = index.parts()
-    scale_S = index.k_scale_S
+    q_TJI, w_TJ, scale_S = index.q_TJI.contiguous(), index.w_TJ.contiguous(), index.k_scale_S
     if scale_S is not None:
-        (q_TJI, w_TJ), scale_S = _quantized(q_TJI, w_TJ), scale_S.contiguous()
-    return index_topk_triton.topk(q_TJI, k_SI, w_TJ, ranges, num_kept, k_scale_S=scale_S)
+        q_TJI, w_TJ = _quantized(q_TJI, w_TJ)
+    return index_topk_triton.topk(q_TJI, index.k_SI, w_TJ, ranges, num_kept, k_scale_S=scale_S)
 
 
 def _quantized(q_TJI: Tensor, w_TJ: Tensor) -> tuple[Tensor, Tensor]:

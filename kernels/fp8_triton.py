@@ -26,8 +26,8 @@ def _rounded(x):
     return tl.where(bits < 0, -size, size)
 
 
-@triton.jit
-def _kernel(
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantize_kernel(
     x_ptr, w_ptr, out_ptr, scale_ptr, num_rows, stride_out, stride_scale,
     I: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, WEIGHTED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def quantize_e4m3(
         )
     values, scale = out[0].view(-1, size), out[1].view(-1)
     if len(scale):
-        _kernel[(triton.cdiv(len(scale), ROWS),)](
+        _quantize_kernel[(triton.cdiv(len(scale), ROWS),)](
             x, scale if weight is None else weight, values, scale, len(scale), values.stride(0), scale.stride(0),
             I=size, BI=triton.next_power_of_2(size), BR=ROWS, WEIGHTED=weight is not None, INTERPRET=interpreted(), num_warps=4,
         )  # fmt: skip

@@ -152,7 +152,7 @@ def score_tile(k, q, w, BK: tl.constexpr, QD: tl.constexpr, BJ: tl.constexpr, IN
 @triton.jit(do_not_specialize=["first_row", "rows", "first_key", "num_keys"])
 def _scores_kernel(
     q_ptr, k_ptr, w_ptr, k_scale_ptr, keys_ptr, begin_ptr, end_ptr,
-    first_row, rows, first_key, num_keys, width,
+    first_row, rows, first_key, num_keys, width, stride_key, stride_scale,
     J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
     BQ: tl.constexpr, QD: tl.constexpr, SCALED: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -164,9 +164,11 @@ def _scores_kernel(
         key = first_key + at
         i = tl.arange(0, BI)
         there = (at < width) & (key < num_keys)
-        k_at = key.to(tl.int64)[:, None] * I + i[None, :]
+        k_at = key.to(tl.int64)[:, None] * stride_key + i[None, :]
         k = tl.load(k_ptr + k_at, mask=there[:, None] & (i < I)[None, :], other=0.0)
-        k_scale = tl.load(k_scale_ptr + key, mask=there, other=0.0) if SCALED else tl.zeros([BK], tl.float32)
+        k_scale = tl.zeros([BK], tl.float32)
+        if SCALED:
+            k_scale = tl.load(k_scale_ptr + key.to(tl.int64) * stride_scale, mask=there, other=0.0)
         nth, j = tl.arange(0, QD * BJ) // BJ, tl.arange(0, QD * BJ) % BJ
         n = tl.arange(0, QD)
         start = group if INTERPRET else group + (start - group) // QD * QD
@@ -200,7 +202,7 @@ def topk(
     """The num_kept best keys of its range for every query: int32 [N, K], ascending, -1 beyond.
 
     q and k have one dtype. w is fp32 and carries every factor (J^-1/2, I^-1/2, the scales of a quantised q);
-    the scales of quantised keys, one per key (I <= 128), are k_scale, fp32.
+    the scales of quantised keys, one per key (I <= 128), are k_scale, fp32. Keys and their scales may stand at any distance.
     """
     N = len(q_NJI)
     shape = shape or (SHAPE if k_scale_S is None else E4M3_SHAPE)
@@ -208,6 +210,9 @@ def topk(
     out_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_NJI.device)
     keys = max((c.rows * c.width for c in ranges.chunks), default=0)
     work = max((c.rows * select.workspace(num_kept, c.width) for c in ranges.chunks), default=0)
+    work = (
+        triton.cdiv(work, 32) * 32
+    )  # both buffers begin where 16 bytes can be loaded, or kernels are compiled twice
     buffers = torch.empty(shape.lanes, keys + work, dtype=torch.int32, device=q_NJI.device)
     lanes = Lanes(q_NJI.device, shape.lanes)
     for number, chunk in enumerate(ranges.chunks):
@@ -235,6 +240,7 @@ def _write_scores(
     _scores_kernel[(triton.cdiv(chunk.width, shape.keys), triton.cdiv(chunk.rows, shape.queries))](
         q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, out, ranges.begin_N, ranges.end_N,
         chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
+        k_SI.stride(0), 1 if k_scale_S is None else k_scale_S.stride(0),
         J=J, I=I, K=num_kept, BJ=BJ, BI=block(I), BK=shape.keys,
         BQ=shape.queries, QD=shape.together(BJ),
         SCALED=k_scale_S is not None, INTERPRET=interpreted(),
@@ -281,6 +287,8 @@ def _check(q_NJI: Tensor, k_SI: Tensor, w_NJ: Tensor, ranges: Ranges, k_scale_S:
         k_scale_S.shape != (len(k_SI),) or k_scale_S.dtype != torch.float32 or I > 128
     ):
         raise ValueError(f"scales {tuple(k_scale_S.shape)} {k_scale_S.dtype} of {len(k_SI)} keys of size {I}")
-    for name, tensor in (("q", q_NJI), ("k", k_SI), ("w", w_NJ)):
+    for name, tensor in (("q", q_NJI), ("w", w_NJ)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
+    if k_SI.stride(1) != 1:
+        raise ValueError(f"k has strides {k_SI.stride()}, not contiguous rows")

@@ -94,7 +94,7 @@ def _weighted(q_ptr, w, row, j, i, J: tl.constexpr, I: tl.constexpr):
     return (q.to(tl.float32) * w[:, None]).to(q.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _kernel(
     q_ptr, k_ptr, w_ptr, slots_ptr, p_ptr, weight_ptr, scores_ptr, kl_ptr, dq_ptr, dw_ptr, dk_ptr,
     unit_ptr, lost_ptr, num_slots,

@@ -58,7 +58,7 @@ def _below(slots, row_ptr, num, BITS: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_slots"])
 def _merge_kernel(
     slots_ptr, out_ptr, places_ptr, num_ptr, kept_ptr, num_queries, num_slots,
     K: tl.constexpr, KB: tl.constexpr, BITS: tl.constexpr,

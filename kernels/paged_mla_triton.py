@@ -45,7 +45,7 @@ def _last_kept(kept_ptr, first, num_slots, K: tl.constexpr, PART: tl.constexpr):
     return tl.max(tl.where((position >= 0) & (position < num_slots), at + 1, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _part_kernel(
     q_ptr, pool_ptr, table_ptr, kept_ptr, acc_ptr, m_ptr, total_ptr, scale,
     num_slots, stride_table, stride_block, stride_token,

@@ -29,7 +29,7 @@ def _copied(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _kernel(
+def _rotate_kernel(
     x_ptr, rope_ptr, out_ptr, num_rows, x_token, x_head, out_token, out_head,
     H: tl.constexpr, P: tl.constexpr, START: tl.constexpr, BEFORE: tl.constexpr,
     BEFORE_BLOCK: tl.constexpr, BEHIND: tl.constexpr, BEHIND_BLOCK: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
@@ -127,7 +127,7 @@ def _launch(
     num, heads = x.shape[:2]
     in_place = out.data_ptr() == x.data_ptr()
     before, behind = (0, 0) if in_place else (start, width - start - size)
-    _kernel[(triton.cdiv(num * heads, ROWS),)](
+    _rotate_kernel[(triton.cdiv(num * heads, ROWS),)](
         x, torch.view_as_real(rope), out, num * heads, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
         H=heads, P=size, START=start,
         BEFORE=before, BEFORE_BLOCK=triton.next_power_of_2(max(before, 1)),

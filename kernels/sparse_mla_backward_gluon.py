@@ -57,7 +57,7 @@ def _add(
         gl.atomic_add(target, grad, mask=mask, sem="relaxed")
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_slots", "first_row"])
 def dkv_kernel(
     q_ptr, slots_ptr, do_ptr, work_ptr, dkv_ptr, num_slots, first_row,
     H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, KB: gl.constexpr,
@@ -160,7 +160,7 @@ def _multiply(work_smem, buffer: gl.constexpr, q_do_smem, zero):
     return warpgroup_mma(work_smem.index(2 * buffer + 1), q_do_smem.index(1), grad, is_async=True)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_slots", "first_row"])
 def dkv_merged_kernel(
     q_ptr, slots_ptr, places_ptr, num_ptr, kept_ptr, do_ptr, work_ptr, dkv_ptr, num_slots, first_row,
     H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr,

@@ -61,7 +61,7 @@ DKV = Tiles(keys=64, columns=128, warps=4, stages=3)
 LAUNCH = Launch()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def _delta_kernel(o_ptr, do_ptr, delta_ptr, num, R: tl.constexpr, BR: tl.constexpr, ROWS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     r = tl.arange(0, BR)
@@ -71,7 +71,7 @@ def _delta_kernel(o_ptr, do_ptr, delta_ptr, num, R: tl.constexpr, BR: tl.constex
     tl.store(delta_ptr + at, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=at < num)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "first_row"])
 def _pairs_kernel(
     q_ptr, kv_ptr, slots_ptr, do_ptr, lse_ptr, delta_ptr, work_ptr, target_ptr,
     scale, num_slots, first_row,
@@ -114,7 +114,7 @@ def _pairs_kernel(
     tl.store(where + H, prob.to(work_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "first_row"])
 def _dq_kernel(
     kv_ptr, slots_ptr, work_ptr, dq_ptr, num_slots, first_row,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
@@ -143,7 +143,7 @@ def _dq_kernel(
     tl.store(dq_ptr + (row * H + h[:, None]) * E + c[None, :], dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "first_row"])
 def _dkv_kernel(
     q_ptr, slots_ptr, do_ptr, work_ptr, dkv_ptr, num_slots, first_row,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,

@@ -267,7 +267,7 @@ def _begin(
     return tiles, stand_in
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_slots"])
 def forward_kernel(
     q_ptr, kv_ptr, slots_ptr, o_ptr, lse_ptr, scale, num_slots,
     H: gl.constexpr, R: gl.constexpr, P: gl.constexpr, K: gl.constexpr, KB: gl.constexpr,
@@ -316,7 +316,7 @@ def forward_kernel(
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_slots"])
 def part_kernel(
     q_ptr, pool_ptr, table_ptr, kept_ptr, acc_ptr, m_ptr, total_ptr, o_ptr, lse_ptr, scale,
     num_slots, stride_table, stride_block, stride_token,

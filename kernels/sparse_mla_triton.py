@@ -58,7 +58,7 @@ def last_kept(slots_ptr, row, num_slots, K: tl.constexpr, KB: tl.constexpr):
     return tl.max(tl.where((slots >= 0) & (slots < num_slots), at + 1, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _forward_kernel(
     q_ptr, kv_ptr, slots_ptr, o_ptr, lse_ptr, scale, num_slots,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
@@ -100,7 +100,7 @@ def _forward_kernel(
     tl.store(lse_ptr + row * H + h, lse, mask=in_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _forward_few_kernel(
     q_ptr, kv_ptr, slots_ptr, o_ptr, lse_ptr, scale, num_slots,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr,

@@ -45,6 +45,8 @@ class Launch:
     call: Callable[[], object]
     spill: int = 16
     """Bytes per thread that any of its kernels may keep on the stack: registers that did not suffice."""
+    again: Callable[[], object] = lambda: None
+    """Calls that must compile nothing more: that would be a stall in the middle of a run."""
 
 
 def _bf16(*shape: int) -> Tensor:
@@ -170,7 +172,37 @@ def _rotations() -> None:
     rope_triton.rotate_into(_bf16(QUERIES, 64, LATENT + ROTARY)[..., LATENT:], q[..., OWN:], turns)
 
 
+def _passes(heads: int, sizes: tuple[tuple[int, int], ...]) -> None:
+    """With so many queries and keys."""
+    turns = torch.zeros(QUERIES, ROTARY // 2, dtype=torch.complex64)
+    for num, slots in sizes:
+        q, kv = _bf16(num, heads, LATENT + ROTARY), _bf16(slots, LATENT + ROTARY)
+        kept = torch.zeros(num, KEPT, dtype=torch.int32)
+        o, lse = sparse_mla_triton.forward(q, kv, kept, 0.1, LATENT)
+        sparse_mla_backward_triton.backward(
+            q, kv, kept, o, lse, o, 0.1, deterministic=False, with_target=True
+        )
+        rope_triton.rotate(q, turns[:num], start=LATENT, halves=False, overwrite=True)
+        q_index, _ = fp8_triton.quantize_e4m3(_bf16(num, INDEX_HEADS, INDEX_SIZE))
+        w = torch.zeros(num, INDEX_HEADS)
+        keys, k_scale = e4m3.unpack(e4m3.pack(_bf16(slots, INDEX_SIZE), 80, by_triton=True), INDEX_SIZE)
+        begin = torch.zeros(num, dtype=torch.int32)
+        ranges = key_ranges(begin, begin + slots, "cpu")
+        out = torch.zeros(num * ranges.chunks[0].width, dtype=torch.int32)
+        index_topk_triton._write_scores(
+            q_index, keys, w, k_scale, out, ranges, ranges.chunks[0], KEPT, index_topk_triton.E4M3_SHAPE
+        )
+
+
 LAUNCHES: dict[str, Launch] = {
+    **{
+        f"passes of any size, {h} heads": Launch(
+            call=lambda h=h: _passes(h, ((QUERIES, SLOTS),)),
+            again=lambda h=h: _passes(h, ((15, 4001), (1, 1))),
+            spill=32,
+        )
+        for h in (64, 16)
+    },
     "rotations": Launch(call=_rotations, spill=0),
     **{
         f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h), spill=32)

@@ -212,6 +212,7 @@ def test_topk_refuses_what_does_not_fit() -> None:
         (q, k, w, packed([2], DEVICE), None, "ranges of 2 queries"),
         (q, k, w, ranges, torch.ones(5, device=DEVICE), "quantised keys need scales"),
         (q.transpose(0, 2).contiguous().transpose(0, 2), k, w, ranges, None, "q is not contiguous"),
+        (q, k.t().contiguous().t(), w, ranges, None, "not contiguous rows"),
     ):
         with pytest.raises(ValueError, match=match):
             topk(q_, k_, w_, ranges_, 2, k_scale_S=scale)
