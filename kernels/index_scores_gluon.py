@@ -43,6 +43,21 @@ def _seen(
 
 
 @gluon.jit
+def _load_keys(k_ptr, first, num_keys, stride, I: gl.constexpr, BK: gl.constexpr, x_layout: gl.constexpr):
+    """Keys from the first one on, each thread with its part of the product's rows."""
+    bits: gl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth
+    wide: gl.constexpr = row_layout(I, 128 // bits, gl.num_warps())
+    key = first + gl.arange(0, BK, layout=gl.SliceLayout(1, wide))
+    i = gl.arange(0, I, layout=gl.SliceLayout(0, wide))
+    k = gl.load(
+        k_ptr + key.to(gl.int64)[:, None] * stride + i[None, :], mask=(key < num_keys)[:, None], other=0.0
+    )
+    k = gl.convert_layout(k, gl.DotOperandLayout(0, x_layout, 32 // bits))
+    barrier()  # the shared memory that this took is others' now
+    return k
+
+
+@gluon.jit
 def _copy(q_ptr, w_ptr, row, q_smem, w_smem, J: gl.constexpr, I: gl.constexpr):
     """Start the copy of a query and its weights, all heads."""
     layout: gl.constexpr = row_layout(I, 128 // q_ptr.dtype.element_ty.primitive_bitwidth, gl.num_warps())
@@ -66,7 +81,7 @@ def _ordered(score):
 @gluon.jit(do_not_specialize=["first_row", "rows", "first_key", "num_keys", "width"])
 def scores_kernel(
     q_ptr, k_ptr, w_ptr, k_scale_ptr, keys_ptr, begin_ptr, end_ptr,
-    first_row, rows, first_key, num_keys, width,
+    first_row, rows, first_key, num_keys, width, stride_key, stride_scale,
     J: gl.constexpr, I: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, BQ: gl.constexpr, BUFFERS: gl.constexpr,
     SCALED: gl.constexpr,
 ):  # fmt: skip
@@ -74,18 +89,10 @@ def scores_kernel(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     bits: gl.constexpr = dtype.primitive_bitwidth
     x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, J, 256 // bits])
-    wide: gl.constexpr = row_layout(I, 128 // bits, gl.num_warps())
-    group = gl.program_id(1) * BQ
-    start, stop = _seen(
-        begin_ptr, end_ptr, first_row, rows, group, first_key + gl.program_id(0) * BK, K, BK, BQ
-    )
+    group, window = gl.program_id(1) * BQ, gl.program_id(0) * BK
+    start, stop = _seen(begin_ptr, end_ptr, first_row, rows, group, first_key + window, K, BK, BQ)
     if start < stop:
-        key = first_key + gl.program_id(0) * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, wide))
-        i = gl.arange(0, I, layout=gl.SliceLayout(0, wide))
-        there = key < num_keys
-        k = gl.load(k_ptr + key.to(gl.int64)[:, None] * I + i[None, :], mask=there[:, None], other=0.0)
-        k = gl.convert_layout(k, gl.DotOperandLayout(0, x_layout, 32 // bits))
-        barrier()  # what the conversion has used is the buffers' now
+        k = _load_keys(k_ptr, first_key + window, num_keys, stride_key, I, BK, x_layout)
         smem: gl.constexpr = gl.NVMMASharedLayout(
             swizzle_byte_width=min(128, I * bits // 8), element_bitwidth=bits, rank=2
         )
@@ -96,10 +103,11 @@ def scores_kernel(
         for n in gl.static_range(BUFFERS - 1):
             _copy(q_ptr, w_ptr, gl.minimum(first + n, last), q_smem.index(n), w_smem.index(n), J, I)
 
-        at = gl.program_id(0) * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, x_layout))
+        at = window + gl.arange(0, BK, layout=gl.SliceLayout(1, x_layout))
         scale = gl.full([BK], 0.5, gl.float32, gl.SliceLayout(1, x_layout))
         if SCALED:
-            scale *= gl.load(k_scale_ptr + first_key + at, mask=first_key + at < num_keys, other=0.0)
+            scale_at = (first_key + at).to(gl.int64) * stride_scale
+            scale *= gl.load(k_scale_ptr + scale_at, mask=first_key + at < num_keys, other=0.0)
         zero = gl.zeros([BK, J], gl.float32, x_layout)
         out = keys_ptr + start.to(gl.int64) * width + at
         for n in range(stop - start):

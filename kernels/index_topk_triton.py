@@ -210,9 +210,8 @@ def topk(
     out_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_NJI.device)
     keys = max((c.rows * c.width for c in ranges.chunks), default=0)
     work = max((c.rows * select.workspace(num_kept, c.width) for c in ranges.chunks), default=0)
-    work = (
-        triton.cdiv(work, 32) * 32
-    )  # both buffers begin where 16 bytes can be loaded, or kernels are compiled twice
+    # Both buffers begin where 16 bytes can be loaded, or kernels are compiled twice.
+    work = triton.cdiv(work, 32) * 32
     buffers = torch.empty(shape.lanes, keys + work, dtype=torch.int32, device=q_NJI.device)
     lanes = Lanes(q_NJI.device, shape.lanes)
     for number, chunk in enumerate(ranges.chunks):
@@ -233,7 +232,7 @@ def _write_scores(
 ) -> None:  # fmt: skip
     """The scores of a chunk as integers in their order, [rows, width], where a query needs them."""
     _, J, I = q_NJI.shape
-    if shape.gluon and _fits_gluon(q_NJI):
+    if shape.gluon and _fits_gluon(q_NJI, k_SI):
         _write_by_gluon(q_NJI, k_SI, w_NJ, k_scale_S, out, ranges, chunk, num_kept)
         return
     BJ = block(J)
@@ -257,16 +256,18 @@ def _write_by_gluon(
     gluon.scores_kernel[(triton.cdiv(chunk.width, gluon.KEYS), triton.cdiv(chunk.rows, gluon.QUERIES))](
         q_NJI, k_SI, w_NJ, w_NJ if k_scale_S is None else k_scale_S, out, ranges.begin_N, ranges.end_N,
         chunk.first_row, chunk.rows, chunk.first_key, len(k_SI), chunk.width,
+        k_SI.stride(0), 1 if k_scale_S is None else k_scale_S.stride(0),
         J=J, I=I, K=num_kept, BK=gluon.KEYS, BQ=gluon.QUERIES, BUFFERS=gluon.BUFFERS,
         SCALED=k_scale_S is not None, num_warps=gluon.WARPS, maxnreg=gluon.REGISTERS,
     )  # fmt: skip
 
 
-def _fits_gluon(q_NJI: Tensor) -> bool:
-    """Whether the Gluon kernel takes this: Hopper, 16-bit or e4m3 queries of its sizes."""
+def _fits_gluon(q_NJI: Tensor, k_SI: Tensor) -> bool:
+    """Whether the Gluon kernel takes this: Hopper, 16-bit or e4m3 queries of its sizes, keys at steps of 16 bytes."""
     _, J, I = q_NJI.shape
     narrow = q_NJI.dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
     sizes = J in index_scores_gluon.HEADS and I in index_scores_gluon.SIZES
+    sizes = sizes and k_SI.stride(0) * k_SI.element_size() % 16 == 0 and k_SI.data_ptr() % 16 == 0
     return narrow and sizes and not interpreted() and torch.cuda.get_device_capability(q_NJI.device)[0] == 9
 
 
