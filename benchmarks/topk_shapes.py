@@ -6,7 +6,7 @@ that of today's shape (the order of the sum over heads may change, and with it t
 with the same shape, selects the same: that must hold. What wins goes into index_topk_triton.SHAPE and CHUNK_BYTES, and
 tests/gpu then run again.
 
-Why chunks about as large as the L2: at 128k, 24 MiB are 48 rows, and a program selects for one row, so that 84 of 132
+The selection alone: topk_rows.py. Why chunks about as large as the L2: at 128k, 24 MiB are 48 rows, and a program selects for one row, so that 84 of 132
 multiprocessors wait; writing and reading all scores in memory costs about 1 ms.
 
     PYTHONPATH=. python benchmarks/topk_shapes.py --out topk_shapes.json
@@ -52,7 +52,11 @@ ALL_SCORES = tuple(
 """All compile for sm_90 under Triton 3.6.0 without a spill: 107 to 214 registers, 49 to 134 KB of shared memory. Products with 64
 columns read as many bytes of shared memory as a multiprocessor gives in the time they take; wider ones fewer per product,
 shapes without a second stage leave room for a fourth program."""
-ALL_SELECTIONS = (topk_triton.Shape(), topk_triton.Shape(warps=4), topk_triton.Shape(warps=16))
+ALL_SELECTIONS = (
+    topk_triton.Shape(),
+    topk_triton.Shape(warps=4, registers=128),
+    topk_triton.Shape(warps=16, registers=64),
+)
 CHUNKS_MIB = (24, 44, 68, 88)
 """Two lanes of the largest are 185 MB."""
 

@@ -71,7 +71,7 @@ def _copy(q_ptr, w_ptr, row, q_smem, w_smem, J: gl.constexpr, I: gl.constexpr):
 
 @gluon.jit
 def _ordered(score):
-    """As topk_triton.ordered."""
+    """As kth_triton.ordered."""
     bits = score.to(gl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = gl.where(score == 0.0, 0, key)

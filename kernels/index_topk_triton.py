@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels import index_scores_gluon, topk_triton
+from posttrain.kernels.kth_triton import ordered
 from posttrain.kernels.lanes import Lanes, send
 from posttrain.kernels.product_triton import block, dot, interpreted, twice_relu
 
@@ -185,7 +186,7 @@ def _scores_kernel(
                 score *= k_scale[:, None]
             out_at = (local + n).to(tl.int64)[None, :] * width + at[:, None]
             mask = (at < width)[:, None] & (local + n < rows)[None, :]
-            tl.store(keys_ptr + out_at, topk_triton.ordered(score), mask=mask)
+            tl.store(keys_ptr + out_at, ordered(score), mask=mask)
 
 
 def topk(

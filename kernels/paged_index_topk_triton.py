@@ -18,9 +18,9 @@ from torch import Tensor
 
 from posttrain.kernels import topk_triton
 from posttrain.kernels.index_topk_triton import Shape, score_tile
+from posttrain.kernels.kth_triton import ordered
 from posttrain.kernels.pages import Pages
 from posttrain.kernels.product_triton import block, interpreted
-from posttrain.kernels.topk_triton import ordered
 
 SPAN = 512
 """Keys that a program scores: a multiple of the tile's."""

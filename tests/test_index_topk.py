@@ -7,12 +7,12 @@ selection must agree index by index.
 import pytest
 import torch
 
-from posttrain.kernels import fp8_triton, index_topk_triton, reference, topk_triton
+from posttrain.kernels import fp8_triton, index_topk_triton, kth_triton, reference, topk_triton
 from posttrain.kernels.index_topk_triton import Chunk, Ranges, Shape, key_ranges, packed, topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")
-SMALL = topk_triton.Shape(sample=32, warps=1)
+SMALL = topk_triton.Shape(sample=32, narrow=32, wide=64, warps=1)
 LENGTHS = [23, 1, 40]
 
 
@@ -32,12 +32,14 @@ def _integers(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(scores.isnan(), torch.iinfo(torch.int32).min, keys)
 
 
-def _select(scores: torch.Tensor, ranges: list[tuple[int, int]], num_kept: int) -> torch.Tensor:
+def _select(
+    scores: torch.Tensor, ranges: list[tuple[int, int]], num_kept: int, shape: topk_triton.Shape = SMALL
+) -> torch.Tensor:
     """The selection alone, with a workspace full of rubbish."""
     rows, width = scores.shape
     begin, end = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in zip(*ranges, strict=True))
     out = torch.full((rows, num_kept), -9, dtype=torch.int32, device=DEVICE)
-    work = torch.full((rows * SMALL.workspace(num_kept, width),), -7, dtype=torch.int32, device=DEVICE)
+    work = torch.full((rows * shape.workspace(num_kept, width),), -7, dtype=torch.int32, device=DEVICE)
     topk_triton.topk_rows(
         _integers(scores),
         begin,
@@ -48,7 +50,7 @@ def _select(scores: torch.Tensor, ranges: list[tuple[int, int]], num_kept: int) 
         rows=rows,
         first_key=0,
         width=width,
-        shape=SMALL,
+        shape=shape,
     )
     return out
 
@@ -62,24 +64,93 @@ def test_selection_of_hard_scores_by_hand() -> None:
     assert found.tolist() == [[0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13]], "NaN is lower than -inf"
 
 
-@pytest.mark.slow
-def test_selection_of_long_rows_equals_a_stable_sort() -> None:
-    """Rows longer than the sample: random, rising, falling, deceiving, of one value, of two, of zeros, with NaN."""
-    width, kept = 301, 5
-    scores = _random(9, width, seed=0)
+def _sampled(width: int, sample: int) -> torch.Tensor:
+    """Which keys of a row from 0 on are in its sample: groups of four."""
+    at, seen = torch.arange(width), (width - 4) * torch.arange(sample // 4) // (sample // 4) // 4 * 4
+    return ((at[:, None] >= seen) & (at[:, None] < seen + 4)).any(1).to(DEVICE)
+
+
+def _hard_rows(width: int) -> torch.Tensor:
+    """Random, rising, falling, deceiving high and low, of one value, of two, of zeros, with NaN and infinities, smooth."""
+    scores = _random(14, width, seed=0)
     scores[1], scores[2] = torch.arange(width), -torch.arange(width)
-    scores[3] = 0.0
-    scores[3, 4:9] = 1.0  # in the first group of eight, of which the sample has all
-    scores[4] = 2.5
-    scores[5] = (scores[5] > 0).float()
-    scores[6] = torch.where(scores[6] > 0.5, 0.0, -0.0)
-    scores[7, ::2] = NAN
-    scores[8] = NAN
-    ranges = [(0, width)] * 8 + [(3, width)]
-    found = _select(scores, ranges, kept)
-    for row, (begin, end) in enumerate(ranges):
-        ordered = _integers(scores[row, begin:end]).long().sort(descending=True, stable=True).indices[:kept]
-        assert found[row].tolist() == sorted((ordered + begin).tolist()), f"row {row}"
+    sampled = _sampled(width, SMALL.sample)
+    scores[3], scores[4] = sampled.float(), torch.where(sampled, scores[4] - 9, scores[4])
+    scores[5] = 2.5
+    scores[6] = (scores[6] > 0).float()
+    scores[7] = torch.where(scores[7] > 0.5, 0.0, -0.0)
+    scores[8, ::2] = NAN
+    scores[9] = NAN
+    scores[10, ::3], scores[11, ::4], scores[12, 5:] = -INF, INF, -INF
+    scores[13] = scores[13].cumsum(0)
+    return scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [5, 13])
+@pytest.mark.parametrize(
+    ("begin", "end"), [(0, 301), (3, 33), (7, 57), (41, 301), (0, 64), (1, 65)],
+    ids=["long", "narrow", "wide", "begins late", "all of wide", "one too many"],
+)  # fmt: skip
+def test_selection_equals_a_stable_sort(begin: int, end: int, kept: int) -> None:
+    """Rows held in 32 or 64 registers, and longer ones, of which a sample of 32 is taken."""
+    scores = _hard_rows(end - begin)
+    scores = torch.nn.functional.pad(scores, (begin, 320 - end), value=INF)  # what no row may see
+    found = _select(scores, [(begin, end)] * len(scores), kept)
+    for row, of_row in enumerate(scores[:, begin:end]):
+        best = _integers(of_row).long().sort(descending=True, stable=True).indices[:kept]
+        assert found[row].tolist() == sorted((best + begin).tolist()), f"row {row}"
+
+
+@pytest.mark.slow
+def test_deceived_samples_take_another_floor_or_the_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice marked is a second floor; the whole row is searched where that deceives, too."""
+    ways: list[str] = []
+
+    def watched(name: str) -> None:
+        step = getattr(topk_triton, name)
+        monkeypatch.setattr(topk_triton, name, lambda *args: ways.append(name) or step(*args))
+
+    watched("_mark")
+    watched("_threshold_in_memory")
+    shape, width = topk_triton.Shape(sample=256, narrow=64, wide=128, warps=1), 1001
+    normal, sampled = _random(width, seed=0), _sampled(width, 256)
+    for name, scores, wanted in (
+        ("random", normal, ["_mark"]),
+        ("sample highest", torch.where(sampled, normal + 20, normal), ["_mark", "_mark"]),
+        (
+            "sample lowest",
+            torch.where(sampled, normal - 20, normal),
+            ["_mark", "_mark", "_threshold_in_memory"],
+        ),
+        ("one value", normal * 0, ["_mark", "_mark", "_threshold_in_memory"]),
+        ("equal in the middle", normal.clamp(max=1.0), ["_mark", "_mark", "_threshold_in_memory"]),
+    ):
+        ways.clear()
+        found = _select(scores[None], [(0, width)], 30, shape)
+        best = _integers(scores).long().sort(descending=True, stable=True).indices[:30]
+        assert found[0].tolist() == sorted(best.tolist()), name
+        assert ways == wanted, name
+
+
+def test_rounds_of_the_search_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search by thirds alone takes 21 rounds among equal keys, ten among others."""
+    rounds: list[int] = []
+    count = kth_triton._counts
+    monkeypatch.setattr(kth_triton, "_counts", lambda *args: rounds.append(1) or count(*args))
+    shape = topk_triton.Shape(narrow=2048, wide=4096, warps=4)
+    normal = _random(2000, seed=3)
+    for name, scores, most in (
+        ("normal", normal, 9),
+        ("mostly zeros", (normal - 0.5).relu(), 7),
+        ("twenty values", (normal * 4).round(), 7),
+        ("one value", normal * 0, 0),
+        ("spread over all exponents", normal.sign() * torch.exp2(normal * 30), 34),
+        ("infinite", torch.where(normal > 0, normal, -INF), 34),
+    ):
+        rounds.clear()
+        found = _select(scores[None], [(0, 2000)], 900, shape)
+        assert found[0].unique().numel() == 900 and len(rounds) <= most, f"{name}: {len(rounds)} rounds"
 
 
 def test_short_and_empty_rows_keep_everything() -> None:

@@ -51,12 +51,14 @@ def _close(ours: tuple[Tensor, ...], exact: list[Tensor], rough: list[Tensor]) -
         assert (error.norm(dim=1) <= 2 * allowed.norm(dim=1) + 2**-8 * rows).all(), name
 
 
-@pytest.mark.parametrize("keys", [5000, 40_000, 140_001])
+@pytest.mark.parametrize("keys", [5000, 8250, 40_000, 140_001])
 def test_selection_of_hard_rows_equals_a_stable_sort(keys: int) -> None:
-    scores = torch.randint(-(2**31), 2**31 - 1, (40, keys), device="cuda").int()
+    """Integers as scores have them: from those of -inf to those of inf, or that of NaN."""
+    scores = torch.randint(-0x7F800001, 0x7F800001, (40, keys), device="cuda").int()
     scores[0], scores[1] = 7, torch.arange(keys, device="cuda")
     scores[2], scores[3] = -scores[1], scores[3] % 5
-    scores[4, ::3] = 2**31 - 1
+    scores[4, ::3] = 0x7F800000
+    scores[37, ::2], scores[38, 9:], scores[39] = -(2**31), -0x7F800001, -(2**31)
     scores[5:30] = _normal(25, keys, seed=3, dtype=torch.float32).abs().view(torch.int32)
     begin, end = torch.zeros(40, dtype=torch.int32), torch.full((40,), keys, dtype=torch.int32)
     begin[30] = 11
