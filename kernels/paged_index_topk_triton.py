@@ -130,7 +130,7 @@ def topk(
     kept_NK = torch.empty(N, num_kept, dtype=torch.int32, device=q_BQJI.device)
     work = N * select.workspace(num_kept, width)
     buffer = torch.empty(N * width + work, dtype=torch.int32, device=q_BQJI.device)
-    begin_N, end_N = buffer.new_empty(2, N)
+    begin_N, end_N = buffer.new_empty(2, triton.cdiv(N, 4) * 4)  # both aligned: kernels are compiled once
     BJ = block(J)
     if N:
         scale_PS = w_BQJ[0] if pages.scale_PS is None else pages.scale_PS  # read only where keys have scales
