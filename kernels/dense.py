@@ -3,9 +3,9 @@
 cuDNN's is several times as fast as the others on Hopper, but makes a plan for every shape it meets, which can take half a
 second; and vLLM turns it off in its process. So it gets the long documents, in few lengths and numbers; short ones, of any
 number and length, have the one kernel that takes a head whose values are smaller than its keys. On the CPU the choice is
-torch's. Next: ../model/attention.py.
+torch's. Next: copy_triton.py, ../model/attention.py.
 
-Shape letters: B documents, L tokens of each, H heads, E size of a head, V value size.
+Shape letters: B documents, L tokens of each, H heads, E size of a head = N own and R rotary numbers, V value size.
 """
 
 import torch
@@ -19,6 +19,22 @@ STEP = 128
 """Long documents are padded to multiples of this; at once go a power of two of them."""
 _FOR_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
+
+
+def keys(own_BLHN: Tensor, rotary_BLR: Tensor) -> Tensor:
+    """[own | rotary] keys [B, L, H, N + R] of heads that share their rotary part."""
+    heads = own_BLHN.shape[2]
+    if _has_kernel(own_BLHN):
+        from posttrain.kernels import copy_triton  # triton exists on Linux only
+
+        return copy_triton.keys(own_BLHN.flatten(0, 1), rotary_BLR.flatten(0, 1)).view(
+            *own_BLHN.shape[:3], -1
+        )
+    return torch.cat((own_BLHN, rotary_BLR[:, :, None].expand(-1, -1, heads, -1)), dim=-1)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def causal(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:

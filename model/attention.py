@@ -347,8 +347,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         latent_BLR, k_rot_BLP = entries_BLE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv_BLH = self.kv_b_proj(latent_BLR).unflatten(-1, (q_BQHE.shape[2], -1))
         k_nope_BLHN, v_BLHV = kv_BLH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_rot_BLHP = k_rot_BLP[:, :, None].expand(-1, -1, q_BQHE.shape[2], -1)
-        k_BLHE = torch.cat((k_nope_BLHN, k_rot_BLHP), dim=-1)
+        k_BLHE = dense.keys(k_nope_BLHN, k_rot_BLP)
         if context.square:  # the fused kernels know it
             return context.flat(dense.causal(q_BQHE, k_BLHE, v_BLHV, self.scaling))
         mask_BQL = context.mask()
