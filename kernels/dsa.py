@@ -9,6 +9,7 @@ Shape letters: T queries, S slots, H heads, E entry size (latent + rotary), R la
 J indexer heads, I indexer head size; in decoding B sequences with Q new tokens each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Index:
     w_TJ: Tensor
     """fp32, with every factor: J^-1/2 and I^-1/2."""
     k_scale_S: Tensor | None = None
-    """fp32; then k is e4m3, and q becomes so to be scored: for selection only."""
+    """fp32; then k is e4m3, and q is or becomes so to be scored, with its scales in w: for selection only."""
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and w, contiguous."""
@@ -63,14 +64,20 @@ def select(index: Index, ranges: Ranges, num_kept: int) -> Tensor:
     Order: score descending, slot ascending. Raises ValueError for what does not fit.
     """
     q_TJI, w_TJ, scale_S = index.q_TJI.contiguous(), index.w_TJ.contiguous(), index.k_scale_S
-    if scale_S is not None:
-        q_TJI, w_TJ = _quantized(q_TJI, w_TJ)
+    if scale_S is not None and q_TJI.dtype != torch.float8_e4m3fn:
+        q_TJI, w_TJ = quantized((q_TJI,), (w_TJ,))
     return index_topk_triton.topk(q_TJI, index.k_SI, w_TJ, ranges, num_kept, k_scale_S=scale_S)
 
 
-def _quantized(q_TJI: Tensor, w_TJ: Tensor) -> tuple[Tensor, Tensor]:
-    """q as e4m3 and w with its scales."""
-    return fp8_triton.quantize_e4m3(q_TJI.contiguous(), weight=w_TJ.contiguous())
+@torch.no_grad()
+def quantized(q: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of rows in pieces all q [T, ..., J, I] as e4m3, and all w [T, ..., J] with its scales."""
+    sizes = [len(piece) for piece in q]
+    q_TJI = torch.empty(sum(sizes), *q[0].shape[1:], dtype=torch.float8_e4m3fn, device=q[0].device)
+    w_TJ = w[0].new_empty(q_TJI.shape[:-1])
+    for piece, weight, *out in zip(q, w, q_TJI.split(sizes), w_TJ.split(sizes), strict=True):
+        fp8_triton.quantize_e4m3(piece.contiguous(), weight=weight.contiguous(), out=(out[0], out[1]))
+    return q_TJI, w_TJ
 
 
 @torch.no_grad()
@@ -90,7 +97,7 @@ def decode(
     A row's bits depend on max_rows, of the engine, and not on B. q and the indexer's q and w are as in select() and attend(). Raises ValueError for what does not fit.
     """
     if pages.scale_PS is not None:
-        q_index_BQJI, w_BQJ = _quantized(q_index_BQJI, w_BQJ)
+        q_index_BQJI, w_BQJ = quantized((q_index_BQJI,), (w_BQJ,))
     kept_BQK = paged_index_topk_triton.topk(q_index_BQJI, w_BQJ, pages, num_kept)
     part = paged_mla_triton.part_size(max_rows, q_BQHE.shape[2], num_kept)
     o_BQHR, _ = paged_mla_triton.attend(q_BQHE, pages, kept_BQK, scale, value_size, part=part)

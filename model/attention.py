@@ -292,15 +292,16 @@ class DsaAttention(hf.DeepseekV32Attention):
 
         entry, index, ranges = self.indexer.entry, None, plan.ranges
         assert ranges is not None, "no rows"
-        q_index_TJI, w_TJ = join(rows.q_index_TJI), join(rows.w_TJ)
         if context.indexer_loss == "sparse":
             keys_SI = stored_SX
             if entry.e4m3:
                 keys_SI = context.slotted(self.layer_idx, "index", tokens.index()[1])
-            index = dsa.Index(q_index_TJI, keys_SI, w_TJ)
+            index = dsa.Index(join(rows.q_index_TJI), keys_SI, join(rows.w_TJ))
         if rows.kept_TK is None:
             keys_SI, scale_S = entry_keys(stored_SX, entry)
-            slots_TK = dsa.select(dsa.Index(q_index_TJI, keys_SI, w_TJ, scale_S), ranges, self.index_topk)
+            scored = (rows.q_index_TJI, rows.w_TJ)
+            q_TJI, w_TJ = map(join, scored) if scale_S is None else dsa.quantized(*scored)
+            slots_TK = dsa.select(dsa.Index(q_TJI, keys_SI, w_TJ, scale_S), ranges, self.index_topk)
         else:  # Keep Top-k: the engine's choice
             kept_TK = join(rows.kept_TK).int()
             slots_TK = torch.where(kept_TK < 0, kept_TK, kept_TK + ranges.begin_N[:, None])
