@@ -30,7 +30,7 @@ class Backend:
     dense_rows: bool = True
     """With Triton: rows that keep all their keys go through dense attention, the same function for less."""
     max_rows: int = 64
-    """Sequences that an engine decodes at the same time, at most: what the parts of a row are sized for."""
+    """Sequences that an engine decodes at the same time: what the parts of a row are sized for."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason}{', deterministic' if self.deterministic else ''})"

@@ -1,6 +1,6 @@
 """Index scores and exact top-k of new tokens against a paged cache: the selection of a decoding step, in Triton.
 
-A program scores SPAN keys of a sequence, found through the block table, with the very tile that
+A program scores a span of a sequence's keys, found through the block table, with the very tile that
 index_topk_triton.py scores with, and the same top-k follows, so that a step selects what the packed training
 kernels select, bit for bit, in any batch, from bf16 or from e4m3. No length is read on the host: the grid is that of the
 longest sequence allowed, the kernel itself writes down which keys a token sees, and the calls can be captured in a CUDA
@@ -22,8 +22,10 @@ from posttrain.kernels.kth_triton import ordered
 from posttrain.kernels.pages import Pages
 from posttrain.kernels.product_triton import block, interpreted
 
-SPAN = 512
-"""Keys that a program scores: a multiple of the tile's."""
+SPANS = (2048, 1024, 512)
+"""Keys that a program may score: multiples of the tile's."""
+ENOUGH = 924
+"""Programs from which longer spans are faster: seven a multiprocessor."""
 SHAPE = Shape(queries=32, columns=64, warps=4)
 """One new token needs no wider product; tests hold that a score has the bits that the packed kernel's shape gives it."""
 STAGES = 5
@@ -133,14 +135,15 @@ def topk(
     begin_N, end_N = buffer.new_empty(2, triton.cdiv(N, 4) * 4)  # both aligned: kernels are compiled once
     BJ = block(J)
     if N:
+        groups = B * triton.cdiv(Q, shape.together(BJ))
+        span = next((s for s in SPANS if groups * triton.cdiv(pages.max_length, s) >= ENOUGH), SPANS[-1])
         scale_PS = w_BQJ[0] if pages.scale_PS is None else pages.scale_PS  # read only where keys have scales
-        together = shape.together(BJ)
-        _paged_scores_kernel[(B * triton.cdiv(Q, together), triton.cdiv(pages.max_length, SPAN))](
+        _paged_scores_kernel[(groups, triton.cdiv(pages.max_length, span))](
             q_BQJI.contiguous(), pool_PSI, w_BQJ.contiguous(), scale_PS, table_BM, pages.lengths_B, buffer,
             begin_N, end_N, table_BM.stride(0), pool_PSI.stride(0), pool_PSI.stride(1),
             scale_PS.stride(0), scale_PS.stride(1), width,
             Q=Q, J=J, I=I, K=num_kept, BJ=BJ, BI=block(I), BK=shape.keys,
-            QD=together, SPAN=SPAN, PAGE=pages.page, SCALED=pages.scale_PS is not None,
+            QD=shape.together(BJ), SPAN=span, PAGE=pages.page, SCALED=pages.scale_PS is not None,
             INTERPRET=interpreted(), STAGES=STAGES, num_warps=shape.warps,
         )  # fmt: skip
         topk_triton.topk_rows(

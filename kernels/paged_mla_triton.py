@@ -33,8 +33,8 @@ START = 3
 STORE, MERGE, COMBINE = 2, 4, 3
 """Tiles that fit the time in which a part is written down, in which it is put together with those before, and in which the
 second kernel puts all together: 128 KB go through the L2 from every multiprocessor at once."""
-ROUNDS = 3
-"""Programs of a multiprocessor, at most: more parts than that only cost their putting together."""
+ENOUGH = 96
+"""Programs that keep a GPU busy: more parts than that only cost their putting together."""
 
 
 @triton.jit
@@ -209,14 +209,14 @@ def _parts_together(rows: int, parts: int, part: int) -> int:
 
 
 def part_size(max_rows: int, num_heads: int, num_kept: int) -> int:
-    """Kept entries of a part for an engine that decodes so many rows at most: small enough to keep a GPU busy with a few.
+    """Kept entries of a part for an engine that decodes so many rows at most: as large as leaves few multiprocessors idle.
 
     It follows from the engine and not from a batch, whose rows would else have other bits.
     """
-    part = PART
+    part = max(PART, triton.next_power_of_2(num_kept))
     groups = max_rows * triton.cdiv(num_heads, sparse_mla_gluon.TILE)
-    while part < num_kept and groups * triton.cdiv(num_kept, part) > ROUNDS * MULTIPROCESSORS:
-        part *= 2
+    while part > PART and groups * triton.cdiv(num_kept, part) < ENOUGH:
+        part //= 2
     return part
 
 

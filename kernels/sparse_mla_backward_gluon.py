@@ -41,16 +41,14 @@ def _copy(work_row, start, smem, W: gl.constexpr, H: gl.constexpr, K: gl.constex
 
 @gluon.jit
 def _add(
-    dkv_ptr, grad, slots_row, first, start, num_slots, c,
-    E: gl.constexpr, K, BK: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr,
+    dkv_ptr, grad, slots, at_first, c, E: gl.constexpr, BK: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr
 ):  # fmt: skip
     """Add the gradients of a tile to their entries, or write them to their rows of the chunk's table."""
     # Whole pieces of rows: memory takes the products' own layout, 32 bytes here and there, half as fast.
     grad = gl.convert_layout(grad, layout)
-    slots = row_slots(slots_row, start, num_slots, -1, K, BK, gl.SliceLayout(1, layout))
     mask = (slots >= 0)[:, None]
     if ROWS:
-        at = first + start + gl.arange(0, BK, layout=gl.SliceLayout(1, layout))
+        at = at_first + gl.arange(0, BK, layout=gl.SliceLayout(1, layout))
         gl.store(dkv_ptr + at[:, None] * E + c[None, :], grad.to(dkv_ptr.dtype.element_ty), mask=mask)
     else:
         target = dkv_ptr + slots.to(gl.int64)[:, None] * E + c[None, :]
@@ -97,10 +95,13 @@ def dkv_kernel(
 
     zero = gl.zeros([BK, BC], gl.float32, out)
     c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, wide))
+    rows: gl.constexpr = gl.SliceLayout(1, wide)
+    even_slots = row_slots(slots_row, 0, num_slots, -1, K, BK, rows)
     async_copy.wait_group(1)
     fence_async_shared()
     even = warpgroup_mma(work_smem.index(0), q_do_smem, zero, use_acc=False, is_async=True)
-    # Two tiles a turn, in registers of their own: ptxas would not overlap them otherwise.
+    # Two tiles a turn, in registers of their own: ptxas would not overlap them otherwise. Slots come a tile before they
+    # are needed, and behind a fence, which would wait for them.
     for tile in range(0, tiles, 2):
         async_copy.wait_group(0)
         grad = warpgroup_mma_wait(0, deps=[even])
@@ -108,14 +109,16 @@ def dkv_kernel(
         fence_async_shared()
         _copy(work_row, (tile + 2) * BK, work_smem.index(0), W, H, K, BK)
         odd = warpgroup_mma(work_smem.index(1), q_do_smem, zero, use_acc=False, is_async=True)
-        _add(dkv_ptr, grad, slots_row, local * K, tile * BK, num_slots, c, E, K, BK, ROWS, wide)
+        odd_slots = row_slots(slots_row, (tile + 1) * BK, num_slots, -1, K, BK, rows)
+        _add(dkv_ptr, grad, even_slots, local * K + tile * BK, c, E, BK, ROWS, wide)
         async_copy.wait_group(0)
         grad = warpgroup_mma_wait(0, deps=[odd])
         barrier()
         fence_async_shared()
         _copy(work_row, (tile + 3) * BK, work_smem.index(1), W, H, K, BK)
         even = warpgroup_mma(work_smem.index(0), q_do_smem, zero, use_acc=False, is_async=True)
-        _add(dkv_ptr, grad, slots_row, local * K, (tile + 1) * BK, num_slots, c, E, K, BK, ROWS, wide)
+        even_slots = row_slots(slots_row, (tile + 2) * BK, num_slots, -1, K, BK, rows)
+        _add(dkv_ptr, grad, odd_slots, local * K + (tile + 1) * BK, c, E, BK, ROWS, wide)
     async_copy.wait_group(0)
     warpgroup_mma_wait(0, deps=[even])
 
@@ -199,6 +202,8 @@ def dkv_merged_kernel(
 
     zero = gl.zeros([BK, BC], gl.float32, out)
     c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, wide))
+    rows: gl.constexpr = gl.SliceLayout(1, wide)
+    even_slots = row_slots(slots_row, 0, num_slots, -1, num, BK, rows)
     async_copy.wait_group(1)
     fence_async_shared()
     even = _multiply(work_smem, 0, q_do_smem, zero)
@@ -210,7 +215,8 @@ def dkv_merged_kernel(
         _copy_pair(work_pair, even_places, work_smem, 0, W, H, K, work_rows)
         even_places = _places(places_row, (tile + 4) * BK, num, BK, places)
         odd = _multiply(work_smem, 1, q_do_smem, zero)
-        _add(dkv_ptr, grad, slots_row, 0, tile * BK, num_slots, c, E, num, BK, False, wide)
+        odd_slots = row_slots(slots_row, (tile + 1) * BK, num_slots, -1, num, BK, rows)
+        _add(dkv_ptr, grad, even_slots, 0, c, E, BK, False, wide)
         async_copy.wait_group(0)
         grad = warpgroup_mma_wait(0, deps=[odd])
         barrier()
@@ -218,7 +224,8 @@ def dkv_merged_kernel(
         _copy_pair(work_pair, odd_places, work_smem, 1, W, H, K, work_rows)
         odd_places = _places(places_row, (tile + 5) * BK, num, BK, places)
         even = _multiply(work_smem, 0, q_do_smem, zero)
-        _add(dkv_ptr, grad, slots_row, 0, (tile + 1) * BK, num_slots, c, E, num, BK, False, wide)
+        even_slots = row_slots(slots_row, (tile + 2) * BK, num_slots, -1, num, BK, rows)
+        _add(dkv_ptr, grad, odd_slots, 0, c, E, BK, False, wide)
     async_copy.wait_group(0)
     warpgroup_mma_wait(0, deps=[even])
 

@@ -103,7 +103,7 @@ def _attend(pages: Pages, q: torch.Tensor, kept: torch.Tensor, part: int = 16) -
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_index_topk_triton, "SPAN", 32)
+    monkeypatch.setattr(paged_index_topk_triton, "SPANS", (32,))
 
 
 @pytest.mark.parametrize("new", [1, 3])

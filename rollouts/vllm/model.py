@@ -58,7 +58,9 @@ class DsaForVllm(nn.Module):
         deterministic = bool(vllm_config.additional_config.get("deterministic", False))
         self.backend = replace(
             self.inner.backend(choice, deterministic=deterministic),
-            max_rows=vllm_config.scheduler_config.max_num_seqs,
+            max_rows=max(
+                1, vllm_config.scheduler_config.max_num_seqs // 2
+            ),  # half of the time there are fewer
         )
         self.max_length: int = vllm_config.model_config.max_model_len
         config = self.inner.config
