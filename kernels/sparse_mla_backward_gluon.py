@@ -55,6 +55,24 @@ def _add(
         gl.atomic_add(target, grad, mask=mask, sem="relaxed")
 
 
+@gluon.jit
+def _load_query(
+    q_ptr, do_ptr, row, kept, column, smem,
+    H: gl.constexpr, R: gl.constexpr, E: gl.constexpr, BC: gl.constexpr, VALUE: gl.constexpr,
+):  # fmt: skip
+    """Start the copy of BC columns of Q | dO. Of a query that keeps nothing nothing is read: it may hold anything."""
+    layout: gl.constexpr = row_layout(BC, 8, gl.num_warps())
+    h = gl.arange(0, H, layout=gl.SliceLayout(1, layout))
+    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, layout))
+    head = row * H + h
+    mask = ((h >= 0)[:, None] & (c >= 0)[None, :]) & (kept > 0)
+    q_at = q_ptr + head[:, None] * E + c[None, :]
+    async_copy.async_copy_global_to_shared(smem.slice(0, H, 0), q_at, mask=mask)
+    if VALUE:
+        do_at = do_ptr + head[:, None] * R + c[None, :]
+        async_copy.async_copy_global_to_shared(smem.slice(H, H, 0), do_at, mask=mask)
+
+
 @gluon.jit(do_not_specialize=["num_slots", "first_row"])
 def dkv_kernel(
     q_ptr, slots_ptr, do_ptr, work_ptr, dkv_ptr, num_slots, first_row,
@@ -75,15 +93,8 @@ def dkv_kernel(
     slots_row = slots_ptr + row * K
     work_row = work_ptr + local * (K * 2 * H)
 
-    head_rows: gl.constexpr = row_layout(BC, 8, gl.num_warps())
-    h = gl.arange(0, H, layout=gl.SliceLayout(1, head_rows))
-    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, head_rows))
     q_do_smem = gl.allocate_shared_memory(dtype, [W, BC], smem)
-    q_at = q_ptr + (row * H + h)[:, None] * E + c[None, :]
-    async_copy.async_copy_global_to_shared(q_do_smem.slice(0, H, 0), q_at)
-    if VALUE:
-        do_at = do_ptr + (row * H + h)[:, None] * R + c[None, :]
-        async_copy.async_copy_global_to_shared(q_do_smem.slice(H, H, 0), do_at)
+    _load_query(q_ptr, do_ptr, row, 1, column, q_do_smem, H, R, E, BC, VALUE)
     work_smem = gl.allocate_shared_memory(dtype, [2, BK, W], smem)
     _copy(work_row, 0, work_smem.index(0), W, H, K, BK)
     _copy(work_row, BK, work_smem.index(1), W, H, K, BK)
@@ -136,24 +147,6 @@ def _copy_pair(
         there = (place != NONE)[:, None] & (w >= 0)[None, :]
         async_copy.async_copy_global_to_shared(work_smem.index(2 * buffer + which), at, mask=there)
     async_copy.commit_group()
-
-
-@gluon.jit
-def _load_query(
-    q_ptr, do_ptr, row, kept, column, smem,
-    H: gl.constexpr, R: gl.constexpr, E: gl.constexpr, BC: gl.constexpr, VALUE: gl.constexpr,
-):  # fmt: skip
-    """Start the copy of BC columns of Q | dO. Of a query that keeps nothing nothing is read: it may hold anything."""
-    layout: gl.constexpr = row_layout(BC, 8, gl.num_warps())
-    h = gl.arange(0, H, layout=gl.SliceLayout(1, layout))
-    c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, layout))
-    head = row * H + h
-    mask = ((h >= 0)[:, None] & (c >= 0)[None, :]) & (kept > 0)
-    q_at = q_ptr + head[:, None] * E + c[None, :]
-    async_copy.async_copy_global_to_shared(smem.slice(0, H, 0), q_at, mask=mask)
-    if VALUE:
-        do_at = do_ptr + head[:, None] * R + c[None, :]
-        async_copy.async_copy_global_to_shared(smem.slice(H, H, 0), do_at, mask=mask)
 
 
 @gluon.jit
