@@ -16,9 +16,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 LONG = 512
 """Tokens from which a document is long."""
 STEP = 128
-"""Long documents are padded to multiples of this; at once go a power of two of them."""
+"""Long documents are padded to multiples of this; at once go a power of two of them, or in training all."""
 _FOR_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
+
+
+def keys_and_values(kv_BLH: Tensor, k_rot_BLP: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """Keys [B, L, H, E] and values [B, L, H, V] of what each head has of its own, N = own numbers of them for the key,
+    and the rotary key of all heads."""
+    if kv_BLH.is_cuda:
+        from posttrain.kernels import heads_triton  # triton exists on Linux only
+
+        return heads_triton.keys_and_values(kv_BLH, k_rot_BLP, own)
+    k_own_BLHN, v_BLHV = kv_BLH.split([own, kv_BLH.shape[-1] - own], dim=-1)
+    k_rot_BLHP = k_rot_BLP[:, :, None].expand(-1, -1, kv_BLH.shape[2], -1)
+    return torch.cat((k_own_BLHN, k_rot_BLHP), dim=-1), v_BLHV
 
 
 def causal(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:
@@ -30,14 +42,21 @@ def causal(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tens
 
 def _causal_on_gpu(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:
     length = q_BLHE.shape[1]
+    trains = torch.is_grad_enabled() and q_BLHE.requires_grad
     if length < LONG:
         with sdpa_kernel(_FOR_SHORT, set_priority=True):
             return _attend(q_BLHE, k_BLHE, v_BLHV, scale)
     with sdpa_kernel(_FOR_LONG, set_priority=True):
-        sizes = [1 << n for n in reversed(range(len(q_BLHE).bit_length())) if len(q_BLHE) >> n & 1]
+        # Joined again, gradients would be copied once more; batches of a learner have few numbers of documents.
+        sizes = [len(q_BLHE)] if trains else _powers(len(q_BLHE))
         parts = (_padded(x).split(sizes) for x in (q_BLHE, k_BLHE, v_BLHV))
         found = [_attend(q, k, v, scale)[:, :length] for q, k, v in zip(*parts, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _powers(number: int) -> list[int]:
+    """Powers of two that add up to it."""
+    return [1 << n for n in reversed(range(number.bit_length())) if number >> n & 1]
 
 
 def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:
