@@ -3,9 +3,9 @@
 cuDNN's is several times as fast as the others on Hopper, but makes a plan for every shape it meets, which can take half a
 second; and vLLM turns it off in its process. So it gets the long documents, in few lengths and numbers; short ones, of any
 number and length, have the one kernel that takes a head whose values are smaller than its keys. On the CPU the choice is
-torch's. Next: ../model/attention.py.
+torch's. Next: heads_triton.py, ../model/attention.py.
 
-Shape letters: B documents, L tokens of each, H heads, E size of a head, V value size.
+Shape letters: B documents, L tokens of each, H heads, E size of a head = N own and R rotary numbers, V value size.
 """
 
 import torch
@@ -21,16 +21,20 @@ _FOR_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 _FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
 
 
-def keys_and_values(kv_BLH: Tensor, k_rot_BLP: Tensor, own: int) -> tuple[Tensor, Tensor]:
-    """Keys [B, L, H, E] and values [B, L, H, V] of what each head has of its own, N = own numbers of them for the key,
-    and the rotary key of all heads."""
-    if kv_BLH.is_cuda:
+def keys_and_values(kv_BLH: Tensor, rotary_BLR: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """Keys [own | rotary] [B, L, H, N + R] and values [B, L, H, V] of what each head has of its own, [own | value] with
+    N = own, and the rotary part that the heads share."""
+    if _has_kernel(kv_BLH):
         from posttrain.kernels import heads_triton  # triton exists on Linux only
 
-        return heads_triton.keys_and_values(kv_BLH, k_rot_BLP, own)
-    k_own_BLHN, v_BLHV = kv_BLH.split([own, kv_BLH.shape[-1] - own], dim=-1)
-    k_rot_BLHP = k_rot_BLP[:, :, None].expand(-1, -1, kv_BLH.shape[2], -1)
-    return torch.cat((k_own_BLHN, k_rot_BLHP), dim=-1), v_BLHV
+        return heads_triton.keys_and_values(kv_BLH, rotary_BLR, own)
+    own_BLHN, v_BLHV = kv_BLH.split([own, kv_BLH.shape[-1] - own], dim=-1)
+    rotary_BLHR = rotary_BLR[:, :, None].expand(-1, -1, kv_BLH.shape[2], -1)
+    return torch.cat((own_BLHN, rotary_BLHR), dim=-1), v_BLHV
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def causal(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:

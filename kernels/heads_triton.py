@@ -1,7 +1,6 @@
-"""Keys of multi-head attention from each head's own part and the rotary part that all heads share, in Triton.
+"""Keys and values of multi-head attention, and in Triton their gradients in one pass: what is shared is summed over the heads.
 
-One pass each way: autograd would join strided pieces going forward, and going backward once more, and sum over the heads
-beside it. Definition: torch.cat of the own part and the rotary part, expanded. Next: ../model/attention.py.
+Autograd would join strided pieces and sum beside it. Definition: dense.py. Next: copy_triton.py.
 
 Shape letters: B documents, L tokens of each, H heads, N own size of a head's key, V value size, P rotary size.
 """
@@ -13,27 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels import copy_triton
+
 HEADS = 16
 """Of one token, that a program holds at once."""
-
-
-@triton.jit(do_not_specialize=["length"])
-def _keys_kernel(
-    kv_ptr, rot_ptr, out_ptr, kv_token, rot_batch, rot_token, length,
-    H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """The keys of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BE)
-    rot_at = (token // length) * rot_batch + (token % length) * rot_token + (e - N)
-    rot = tl.load(rot_ptr + rot_at, mask=(e >= N) & (e < N + P), other=0.0)
-    for first in range(0, H, BH):
-        h = first + tl.arange(0, BH)
-        own_at = token * kv_token + h[:, None] * (N + V) + e[None, :]
-        own = tl.load(kv_ptr + own_at, mask=(h < H)[:, None] & (e < N)[None, :], other=0.0)
-        out_at = (token * H + h)[:, None] * (N + P) + e[None, :]
-        mask = (h < H)[:, None] & (e < N + P)[None, :]
-        tl.store(out_ptr + out_at, tl.where((e < N)[None, :], own, rot[None, :]), mask=mask)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -82,12 +64,8 @@ class _Keys(torch.autograd.Function):
         kv_BLH, k_rot_BLP, own = args
         (B, L, H, width), P = kv_BLH.shape, k_rot_BLP.shape[-1]
         ctx.sizes = {"H": H, "N": own, "P": P, "V": width - own}
-        k_BLHE = kv_BLH.new_empty(B, L, H, own + P)
-        _keys_kernel[(B * L,)](
-            kv_BLH, k_rot_BLP, k_BLHE, H * width, k_rot_BLP.stride(0), k_rot_BLP.stride(1), L, **ctx.sizes,
-            **_blocks(H, own + P), num_warps=4,
-        )  # fmt: skip
-        return k_BLHE, kv_BLH[..., own:]
+        k_THE = copy_triton.keys(kv_BLH[..., :own].flatten(0, 1), k_rot_BLP.flatten(0, 1))
+        return k_THE.view(B, L, H, own + P), kv_BLH[..., own:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -97,10 +75,7 @@ class _Keys(torch.autograd.Function):
         drot_BLP = dk.new_empty(B, L, sizes["P"])
         _keys_backward_kernel[(B * L,)](
             dk, dv, dkv_BLH, drot_BLP, *dk.stride()[:3], *dv.stride()[:3], L, **sizes,
-            **_blocks(sizes["H"], dk.shape[-1]), BV=triton.next_power_of_2(sizes["V"]), num_warps=4,
+            BE=triton.next_power_of_2(dk.shape[-1]), BV=triton.next_power_of_2(sizes["V"]),
+            BH=min(HEADS, triton.next_power_of_2(sizes["H"])), num_warps=4,
         )  # fmt: skip
         return dkv_BLH, drot_BLP, None
-
-
-def _blocks(heads: int, size: int) -> dict[str, int]:
-    return {"BE": triton.next_power_of_2(size), "BH": min(HEADS, triton.next_power_of_2(heads))}

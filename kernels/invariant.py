@@ -53,6 +53,11 @@ def bmm(x_BTK: Tensor, w_BKN: Tensor, *, out: Tensor | None = None) -> Tensor:
     return found_BTN if out is None else out.copy_(found_BTN)
 
 
+def mm(x_TK: Tensor, w_KN: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """[T, K] times [K, N] in another type."""
+    return linear(x_TK.to(out_dtype), w_KN.t().to(out_dtype))
+
+
 def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """torch's, of the last dimension."""
     return _rows(lambda rows: F.rms_norm(rows, shape, weight, eps), x)
@@ -121,6 +126,7 @@ def _product(x_BTK: Tensor, w_BKN: Tensor) -> Tensor:
 _REPLACED: dict[Any, Callable[..., Tensor]] = {
     F.linear: linear,
     torch.bmm: bmm,
+    torch.mm: mm,
     F.rms_norm: rms_norm,
     F.layer_norm: layer_norm,
     F.silu: silu,

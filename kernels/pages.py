@@ -1,9 +1,9 @@
 """A paged cache as the kernels see it: a pool of blocks, and which of them each sequence has.
 
-Next: paged_index_topk_triton.py, paged_mla_triton.py.
+Next: copy_triton.py, paged_index_topk_triton.py, paged_mla_triton.py.
 
 Shape letters: B sequences, P blocks in the pool, S tokens of a block, M blocks of a sequence, E entry size
-(latent + rotary), I indexer head size.
+(latent + rotary), I indexer head size, T rows of X numbers.
 """
 
 from dataclasses import dataclass
@@ -71,3 +71,26 @@ class Pages:
     def room(self) -> int:
         """Tokens that a row of the table holds."""
         return self.table_BM.shape[1] * self.block_size
+
+
+def write(pool_PSX: Tensor, slots_T: Tensor, x_TX: Tensor) -> None:
+    """Put rows into a pool, each at its slot: block times S plus place, int64. Of several for one slot any stays."""
+    if _has_kernel(pool_PSX):
+        from posttrain.kernels import copy_triton  # triton exists on Linux only
+
+        copy_triton.write(pool_PSX, slots_T, x_TX)
+    else:
+        pool_PSX[slots_T // pool_PSX.shape[1], slots_T % pool_PSX.shape[1]] = x_TX
+
+
+def read(pool_PSX: Tensor, slots_T: Tensor) -> Tensor:
+    """The rows [T, X] at such slots."""
+    if _has_kernel(pool_PSX):
+        from posttrain.kernels import copy_triton  # triton exists on Linux only
+
+        return copy_triton.read(pool_PSX, slots_T)
+    return pool_PSX[slots_T // pool_PSX.shape[1], slots_T % pool_PSX.shape[1]]
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda

@@ -1,9 +1,9 @@
-"""RMS norm and gated activation with backwards of their own: fewer passes over memory, less kept for later.
+"""RMS norm, gated activation and products in fp32 with backwards of their own: fewer passes over memory, less kept for later.
 
 Written out, autograd would keep every intermediate result (x^2, silu(gate), ...); here the inputs alone are
 kept. Statistics are fp32, as in transformers. Next: ../model/arch.py.
 
-Shape letters: T tokens, D hidden, F MLP width.
+Shape letters: T tokens, D hidden, F MLP width, N outputs.
 """
 
 from typing import Any
@@ -76,3 +76,35 @@ class _SwiGlu(torch.autograd.Function):
         gate_TF, up_TF = ctx.saved_tensors
         dgate_TF = torch.ops.aten.silu_backward(grads[0] * up_TF, gate_TF)
         return dgate_TF, F.silu(gate_TF).mul_(grads[0])
+
+
+def linear_fp32(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    """x times the transpose of a weight, fp32 [T, N], as if both were fp32.
+
+    A GPU multiplies numbers of two bytes exactly and adds up in fp32; so neither is copied, and the tensor cores work.
+    """
+    if not (x_TD.is_cuda and x_TD.element_size() == 2 and weight_ND.dtype == x_TD.dtype):
+        return F.linear(x_TD.float(), weight_ND.float())
+    out_TN: Tensor = _LinearFp32.apply(x_TD, weight_ND)
+    return out_TN
+
+
+def _product_fp32(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    return torch.mm(x_TD, weight_ND.t(), out_dtype=torch.float32)
+
+
+class _LinearFp32(torch.autograd.Function):
+    """torch's product of that kind has no backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Tensor) -> Tensor:
+        ctx.save_for_backward(*args)
+        return _product_fp32(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x_TD, weight_ND = ctx.saved_tensors
+        dout_TN, (needs_x, needs_weight) = grads[0], ctx.needs_input_grad
+        dx_TD = (dout_TN @ weight_ND.float()).to(x_TD.dtype) if needs_x else None
+        dweight_ND = (dout_TN.t() @ x_TD.float()).to(weight_ND.dtype) if needs_weight else None
+        return dx_TD, dweight_ND

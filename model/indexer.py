@@ -18,6 +18,7 @@ from transformers.models.deepseek_v32.configuration_deepseek_v32 import Deepseek
 
 from posttrain.kernels import e4m3, reference
 from posttrain.kernels.backend import Backend
+from posttrain.kernels.pointwise import linear_fp32
 from posttrain.model.entry import Entry
 from posttrain.model.rope import Rope, rotate
 
@@ -54,15 +55,20 @@ class LightningIndexer(hf.DeepseekV32Indexer):
         """
         x_TD, latent_TC = x_TD.detach(), latent_TC.detach()
         q_TJI = self.wq_b(latent_TC).view(-1, self.n_heads, self.head_dim)
-        norm: nn.LayerNorm = self.k_norm
-        k_TI = F.layer_norm(
-            self.wk(x_TD).float(), (self.head_dim,), norm.weight.float(), norm.bias.float(), norm.eps
-        ).to(x_TD.dtype)
+        k_TI = self._normed(self.wk(x_TD))
         q_TJI, k_TI = (rotate(x, rope, halves=True, overwrite=True) for x in (q_TJI, k_TI))
         if self.use_hadamard:  # both sides or none: rotating one side destroys the scores
             q_TJI, k_TI = hadamard(q_TJI), hadamard(k_TI)
-        w_TJ = F.linear(x_TD.float(), self.weights_proj.weight.float()) * self.n_heads**-0.5
+        w_TJ = linear_fp32(x_TD, self.weights_proj.weight) * self.n_heads**-0.5
         return q_TJI, k_TI, w_TJ
+
+    def _normed(self, k_TI: Tensor) -> Tensor:
+        """Layer norm in fp32, in k's dtype."""
+        norm: nn.LayerNorm = self.k_norm
+        size, dtype = (self.head_dim,), k_TI.dtype
+        if k_TI.is_cuda and norm.weight.dtype == dtype:  # one kernel, in fp32 inside
+            return F.layer_norm(k_TI, size, norm.weight, norm.bias, norm.eps)
+        return F.layer_norm(k_TI.float(), size, norm.weight.float(), norm.bias.float(), norm.eps).to(dtype)
 
     def stored(self, k_TI: Tensor, backend: Backend) -> Tensor:
         """Keys [T, X] as caches hold them and the scores that select read them, in k's dtype; without a gradient if e4m3."""

@@ -10,12 +10,11 @@ Shape letters: T tokens, D hidden, X experts, E experts chosen per token.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 
 from posttrain.kernels.experts import run_experts as run_each
-from posttrain.kernels.pointwise import swiglu
+from posttrain.kernels.pointwise import linear_fp32, swiglu
 from posttrain.model.context import Context
 
 
@@ -27,8 +26,8 @@ class DsaMoE(hf.DeepseekV32MoE):
     """What runs the routed experts where not all of them are here, or an engine has its own kernel; None: moe.py."""
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:  # type: ignore[override]  # needs the context
-        """[T, D] -> [T, D]; leaves the chosen experts and the load in the context's record."""
-        logits_TX = F.linear(x_TD.float(), self.gate.weight.float())
+        """[T, D] -> [T, D]; leaves the chosen experts and, but in generation, the load in the context's record."""
+        logits_TX = linear_fp32(x_TD, self.gate.weight)
         weights_TE, experts_TE = route(logits_TX, self.gate)
         if context.replay_experts is not None:
             # Keep Routing (V3.2 3.1): the engine's choice, gates from the current weights.
@@ -37,14 +36,15 @@ class DsaMoE(hf.DeepseekV32MoE):
             weights_TE = _gate_weights(logits_TX.sigmoid(), experts_TE, self.gate)
         record = context.record(self.layer_idx)
         record.experts_TE = experts_TE
-        # Not bincount, which waits for the device: a CUDA graph could not capture it.
-        chosen = experts_TE.reshape(-1)
-        counts = torch.ones_like(chosen)
-        if context.query_weights_T is not None:
-            counts = context.query_weights_T.to(chosen.dtype).repeat_interleave(experts_TE.shape[1])
-        record.load_X = chosen.new_zeros(self.gate.num_experts).index_add_(0, chosen, counts)
+        generates = torch.is_inference_mode_enabled()
+        if not generates:  # whose load nobody balances
+            chosen = experts_TE.reshape(-1)
+            counts = torch.ones_like(chosen)
+            if context.query_weights_T is not None:
+                counts = context.query_weights_T.to(chosen.dtype).repeat_interleave(experts_TE.shape[1])
+            record.load_X = chosen.new_zeros(self.gate.num_experts).index_add_(0, chosen, counts)
         # Few tokens, as in generation, cost least in one batched product; many, as in training, one by one.
-        run = self.run or (run_padded if torch.is_inference_mode_enabled() else run_each)
+        run = self.run or (run_padded if generates else run_each)
         gate_up, down = (w.transpose(1, 2) for w in (self.experts.gate_up_proj, self.experts.down_proj))
         routed_TD = run(x_TD, experts_TE, weights_TE, gate_up, down)
         return routed_TD + self.shared_experts(x_TD)  # type: ignore[no-any-return]  # nn.Module call

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from posttrain.kernels import reference
+from posttrain.kernels import pages, reference
 from posttrain.kernels.backend import Backend
 from posttrain.kernels.dense import LONG
 from posttrain.kernels.pages import Pages
@@ -75,18 +75,11 @@ class PagedContext(Base):
     cache: PagedCache = field(kw_only=True)
     slots_T: Tensor = field(kw_only=True)
     positions_T: Tensor = field(kw_only=True)
-    _places_T: tuple[Tensor, Tensor] = field(init=False)
-    """Block and offset of each new token."""
-
-    def __post_init__(self) -> None:
-        size = self.cache.pools_PSX[0].shape[1]
-        self._places_T = (self.slots_T // size, self.slots_T % size)
 
     def add(self, layer: int, entries_TE: Tensor, k_stored_TX: Tensor | None) -> None:
-        at = self._places_T
-        self.cache.part(layer, "entries")[at] = entries_TE
+        pages.write(self.cache.part(layer, "entries"), self.slots_T, entries_TE)
         if k_stored_TX is not None:
-            self.cache.part(layer, "index")[at] = k_stored_TX
+            pages.write(self.cache.part(layer, "index"), self.slots_T, k_stored_TX)
 
     def kept(self, layer: int, num_kept: int) -> Tensor:
         """Recorded key positions of every token, [T, K], -1 beyond."""
@@ -196,7 +189,7 @@ class _Chunks(_Part):
     There is no grid of them: "rows" of the pass are one row [1, T].
     """
 
-    _places_F: tuple[Tensor, Tensor] | None = None
+    _slots_F: Tensor | None = None
 
     def keys(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         raise AssertionError("a grid of keys is the torch backend's")
@@ -204,19 +197,19 @@ class _Chunks(_Part):
     def slotted(self, layer: int, name: KeyName, x_T: Tensor) -> Tensor:
         if self.counts_B == self.ends_B:  # all keys are the pass's own, in this order
             return x_T
-        if self._places_F is None:
-            self._places_F = self._places()
-        return self.cache.part(layer, name)[self._places_F]
+        if self._slots_F is None:
+            self._slots_F = self._make_slots()
+        return pages.read(self.cache.part(layer, name), self._slots_F)
 
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """Block and offset of every key; made on the device, which nobody waits for."""
+    def _make_slots(self) -> Tensor:
+        """The slot of every key; made on the device, which nobody waits for."""
         device, size = self.table_BM.device, self.cache.pools_PSX[0].shape[1]
         num_keys, lengths_B = sum(self.ends_B), self.lengths_B.long()
         sequences_B = torch.arange(len(lengths_B), device=device)
         sequence_F = sequences_B.repeat_interleave(lengths_B, output_size=num_keys)
         starts_B = lengths_B.cumsum(0) - lengths_B
         position_F = torch.arange(num_keys, device=device) - starts_B[sequence_F]
-        return self.table_BM[sequence_F, position_F // size].long(), position_F % size
+        return self.table_BM[sequence_F, position_F // size].long() * size + position_F % size
 
     def slots(self, kept_BQK: Tensor) -> Tensor:
         raise AssertionError("kernels select slots")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels import (
+    copy_triton,
     dense_probs_triton,
     dsa,
     e4m3,
@@ -191,6 +192,15 @@ def _rotations() -> None:
     rope_triton.rotate_into(_bf16(QUERIES, 64, LATENT + ROTARY)[..., LATENT:], q[..., OWN:], turns)
 
 
+def _copies(num: int) -> None:
+    """Entries and e4m3 keys to a pool and back, keys of heads."""
+    pool, slots = _bf16(8, 64, LATENT + ROTARY + 80), torch.zeros(num, dtype=torch.int64)
+    for part in (pool[..., : LATENT + ROTARY], pool[..., LATENT + ROTARY :]):
+        copy_triton.write(part, slots, _bf16(num, part.shape[2]))
+        copy_triton.read(part, slots)
+    copy_triton.keys(_bf16(num, 64, OWN + VALUE)[..., :OWN], _bf16(num, LATENT + ROTARY)[:, LATENT:])
+
+
 def _passes(heads: int, sizes: tuple[tuple[int, int], ...]) -> None:
     """With so many queries and keys."""
     turns = torch.zeros(QUERIES, ROTARY // 2, dtype=torch.complex64)
@@ -222,6 +232,7 @@ LAUNCHES: dict[str, Launch] = {
         )
         for h in (64, 16)
     },
+    "copies": Launch(call=lambda: _copies(QUERIES), again=lambda: (_copies(15), _copies(1)), spill=0),
     "rotations": Launch(call=_rotations, spill=0),
     **{
         f"sparse forward, {h} heads": Launch(call=lambda h=h: _sparse_forward(h), spill=32)
