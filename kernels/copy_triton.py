@@ -1,12 +1,10 @@
 """Copies of rows in Triton, 16 bytes at a time: to and from a pool of blocks, and the keys of heads.
 
-torch's own copies of rows that stand apart go number by number. Definitions: pages.py, dense.py.
+torch's own copies of rows that stand apart go number by number. Definitions: pages.py, dense.py. Next: heads_triton.py.
 
 Shape letters: T rows (tokens), P blocks in a pool, S tokens of a block, X numbers of a row, H heads, N own and R rotary numbers of
 a head's key.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -89,35 +87,22 @@ def _in_pool(pool_PSX: Tensor, slots_T: Tensor, rows_TX: Tensor, *, write: bool)
 
 
 def keys(own_THN: Tensor, rotary_TR: Tensor) -> Tensor:
-    """[own | rotary] keys [T, H, N + R] of heads that share their rotary part."""
-    found: Tensor = _Keys.apply(own_THN, rotary_TR)
-    return found
-
-
-class _Keys(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Tensor) -> Tensor:
-        own_THN, rotary_TR = args
-        (T, H, N), R = own_THN.shape, rotary_TR.shape[1]
-        if (
-            len(rotary_TR) != T
-            or own_THN.dtype != rotary_TR.dtype
-            or own_THN.stride(2) != 1
-            or rotary_TR.stride(1) != 1
-        ):
-            raise ValueError(
-                f"own {tuple(own_THN.shape)} {own_THN.stride()} and rotary {tuple(rotary_TR.shape)} {rotary_TR.stride()} "
-                "do not fit together"
-            )
-        ctx.size = N
-        out_THE = own_THN.new_empty(T, H, N + R)
-        if T:
-            _keys_kernel[(triton.cdiv(T * H, ROWS),)](
-                own_THN, rotary_TR, out_THE, T * H, own_THN.stride(0), own_THN.stride(1), rotary_TR.stride(0),
-                H=H, N=N, R=R, BR=ROWS, BLOCK=NUMBERS, num_warps=4,
-            )  # fmt: skip
-        return out_THE
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0][..., : ctx.size], grads[0][..., ctx.size :].sum(1)
+    """[own | rotary] keys [T, H, N + R] of heads that share their rotary part. No gradient."""
+    (T, H, N), R = own_THN.shape, rotary_TR.shape[1]
+    if (
+        len(rotary_TR) != T
+        or own_THN.dtype != rotary_TR.dtype
+        or own_THN.stride(2) != 1
+        or rotary_TR.stride(1) != 1
+    ):
+        raise ValueError(
+            f"own {tuple(own_THN.shape)} {own_THN.stride()} and rotary {tuple(rotary_TR.shape)} {rotary_TR.stride()} "
+            "do not fit together"
+        )
+    out_THE = own_THN.new_empty(T, H, N + R)
+    if T:
+        _keys_kernel[(triton.cdiv(T * H, ROWS),)](
+            own_THN, rotary_TR, out_THE, T * H, own_THN.stride(0), own_THN.stride(1), rotary_TR.stride(0),
+            H=H, N=N, R=R, BR=ROWS, BLOCK=NUMBERS, num_warps=4,
+        )  # fmt: skip
+    return out_THE

@@ -3,7 +3,7 @@
 cuDNN's is several times as fast as the others on Hopper, but makes a plan for every shape it meets, which can take half a
 second; and vLLM turns it off in its process. So it gets the long documents, in few lengths and numbers; short ones, of any
 number and length, have the one kernel that takes a head whose values are smaller than its keys. On the CPU the choice is
-torch's. Next: copy_triton.py, ../model/attention.py.
+torch's. Next: heads_triton.py, ../model/attention.py.
 
 Shape letters: B documents, L tokens of each, H heads, E size of a head = N own and R rotary numbers, V value size.
 """
@@ -16,21 +16,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 LONG = 512
 """Tokens from which a document is long."""
 STEP = 128
-"""Long documents are padded to multiples of this; at once go a power of two of them."""
+"""Long documents are padded to multiples of this; at once go a power of two of them, or in training all."""
 _FOR_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
 
 
-def keys(own_BLHN: Tensor, rotary_BLR: Tensor) -> Tensor:
-    """[own | rotary] keys [B, L, H, N + R] of heads that share their rotary part."""
-    heads = own_BLHN.shape[2]
-    if _has_kernel(own_BLHN):
-        from posttrain.kernels import copy_triton  # triton exists on Linux only
+def keys_and_values(kv_BLH: Tensor, rotary_BLR: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """Keys [own | rotary] [B, L, H, N + R] and values [B, L, H, V] of what each head has of its own, [own | value] with
+    N = own, and the rotary part that the heads share."""
+    if _has_kernel(kv_BLH):
+        from posttrain.kernels import heads_triton  # triton exists on Linux only
 
-        return copy_triton.keys(own_BLHN.flatten(0, 1), rotary_BLR.flatten(0, 1)).view(
-            *own_BLHN.shape[:3], -1
-        )
-    return torch.cat((own_BLHN, rotary_BLR[:, :, None].expand(-1, -1, heads, -1)), dim=-1)
+        return heads_triton.keys_and_values(kv_BLH, rotary_BLR, own)
+    own_BLHN, v_BLHV = kv_BLH.split([own, kv_BLH.shape[-1] - own], dim=-1)
+    rotary_BLHR = rotary_BLR[:, :, None].expand(-1, -1, kv_BLH.shape[2], -1)
+    return torch.cat((own_BLHN, rotary_BLHR), dim=-1), v_BLHV
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -46,14 +46,21 @@ def causal(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tens
 
 def _causal_on_gpu(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:
     length = q_BLHE.shape[1]
+    trains = torch.is_grad_enabled() and q_BLHE.requires_grad
     if length < LONG:
         with sdpa_kernel(_FOR_SHORT, set_priority=True):
             return _attend(q_BLHE, k_BLHE, v_BLHV, scale)
     with sdpa_kernel(_FOR_LONG, set_priority=True):
-        sizes = [1 << n for n in reversed(range(len(q_BLHE).bit_length())) if len(q_BLHE) >> n & 1]
+        # Joined again, gradients would be copied once more; batches of a learner have few numbers of documents.
+        sizes = [len(q_BLHE)] if trains else _powers(len(q_BLHE))
         parts = (_padded(x).split(sizes) for x in (q_BLHE, k_BLHE, v_BLHV))
         found = [_attend(q, k, v, scale)[:, :length] for q, k, v in zip(*parts, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _powers(number: int) -> list[int]:
+    """Powers of two that add up to it."""
+    return [1 << n for n in reversed(range(number.bit_length())) if number >> n & 1]
 
 
 def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:

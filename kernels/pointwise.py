@@ -16,10 +16,14 @@ from torch import Tensor
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in x's dtype.
 
-    On a GPU torch's own is one kernel forward and few backward, and rounds in training as in generation.
+    On a GPU torch's own is one kernel forward, and rounds in training as in generation; the backward is norm_triton.py's.
     """
     trains = torch.is_grad_enabled() and (x_TD.requires_grad or weight_D.requires_grad)
-    if trains and not x_TD.is_cuda:
+    if trains and x_TD.is_cuda:
+        from posttrain.kernels import norm_triton  # triton exists on Linux only
+
+        return norm_triton.rms_norm(x_TD, weight_D, eps)
+    if trains:
         out: Tensor = _RmsNorm.apply(x_TD, weight_D, eps)
         return out
     return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)

@@ -278,13 +278,13 @@ def warmup_kl(
     *,
     shapes: Shapes = Shapes(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL fp32 [N], and the gradients of sum(weight * KL): dq [N, J, I], dk [S, I], dw [N, J], all fp32.
+    """KL fp32 [N], and the gradients of sum(weight * KL): dq [N, J, I] in q's dtype, dk [S, I] and dw [N, J] in fp32.
 
     w is fp32 and carries every factor. A query without keys gives 0. The bits are always the same.
     """
     N, J, I = q_NJI.shape
     _check(attention, q_NJI, k_SI, w_NJ, ranges, weight_N)
-    kl_N, dq_NJI, dw_NJ = w_NJ.new_empty(N), w_NJ.new_empty(N, J, I), w_NJ.new_empty(N, J)
+    kl_N, dq_NJI, dw_NJ = w_NJ.new_empty(N), q_NJI.new_empty(N, J, I), w_NJ.new_empty(N, J)
     dk_SI = torch.zeros(k_SI.shape, dtype=torch.float32, device=k_SI.device)
     for chunk in ranges.wide_chunks:
         space = _Workspace.make(chunk, q_NJI)
@@ -365,7 +365,7 @@ def _gradients_q(
 ) -> None:  # fmt: skip
     sizes = _sizes(q_NJI)
     segments = triton.cdiv(chunk.width, SEGMENT)
-    part = dq_NJI.new_empty(segments * chunk.rows, *dq_NJI.shape[1:])
+    part = dw_NJ.new_empty(segments * chunk.rows, *dq_NJI.shape[1:])
     _grad_q_kernel[(triton.cdiv(chunk.rows, shape.queries), segments)](
         k_SI, space.scores, space.signs, ranges.begin_N, ranges.end_N, part,
         chunk.first_row, chunk.rows, chunk.first_key, chunk.width, **sizes, BK=shape.keys, QD=shape.queries,
@@ -382,7 +382,7 @@ def _gradient_k(
     chunk: Chunk, space: _Workspace, q_NJI: Tensor, w_NJ: Tensor, ranges: Ranges, dk_SI: Tensor, shape: Shape
 ) -> None:
     sizes, rows = _sizes(q_NJI), slice(chunk.first_row, chunk.first_row + chunk.rows)
-    qw_nJI = (q_NJI[rows].float() * w_NJ[rows, :, None]).to(q_NJI.dtype)
+    qw_nJI = torch.mul(q_NJI[rows], w_NJ[rows, :, None], out=torch.empty_like(q_NJI[rows]))  # one pass
     blocks = triton.cdiv(chunk.width, shape.keys)
     splits = max(1, min(PROGRAMS // blocks, triton.cdiv(chunk.rows, 16)))
     part = dk_SI.new_empty(splits, chunk.width, dk_SI.shape[1])

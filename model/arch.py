@@ -207,7 +207,11 @@ class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
 
 
 def target_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the targets, fp32 [M]."""
+    """log softmax(logits / temperature) at the targets, fp32 [M]; on a GPU of logits as they come, on a CPU in their type."""
+    if logits_MV.is_cuda and logits_MV.dtype != torch.float64:
+        from posttrain.kernels import logprob_triton  # triton exists on Linux only
+
+        return logprob_triton.target_logprobs(logits_MV, targets_M, temperature)
     scaled_MV = logits_MV if temperature == 1 else logits_MV / temperature  # the same numbers, a pass less
     return -F.cross_entropy(scaled_MV, targets_M, reduction="none")
 

@@ -211,8 +211,8 @@ class DsaAttention(hf.DeepseekV32Attention):
         q_THE = own_THE.detach()
         with torch.no_grad():
             latent_SR, k_rot_SP = entries_SE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            kv_SH = self.kv_b_proj(latent_SR).unflatten(-1, (self.num_heads, -1))
-            keys = (kv_SH[..., : self.qk_nope_head_dim], k_rot_SP.contiguous())
+            k_SH = F.linear(latent_SR, self.up_projections()[0].flatten(0, 1))
+            keys = (k_SH.unflatten(-1, (-1, self.qk_nope_head_dim)), k_rot_SP.contiguous())
             lse_TH = attention_lse(q_THE, *keys, ranges, self.scaling)
         attention = warmup_kl_triton.Attention(q_THE, *keys, lse_TH, self.scaling)
         index = dsa.Index(join(rows.q_index_TJI), keys_SI, join(rows.w_TJ))
@@ -347,8 +347,7 @@ class DsaAttention(hf.DeepseekV32Attention):
         q_BQHE, entries_BLE = context.grid(q_THE), context.keys(self.layer_idx, "entries", entries_TE)
         latent_BLR, k_rot_BLP = entries_BLE.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv_BLH = self.kv_b_proj(latent_BLR).unflatten(-1, (q_BQHE.shape[2], -1))
-        k_nope_BLHN, v_BLHV = kv_BLH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_BLHE = dense.keys(k_nope_BLHN, k_rot_BLP)
+        k_BLHE, v_BLHV = dense.keys_and_values(kv_BLH, k_rot_BLP, self.qk_nope_head_dim)
         if context.square:  # the fused kernels know it
             return context.flat(dense.causal(q_BQHE, k_BLHE, v_BLHV, self.scaling))
         mask_BQL = context.mask()

@@ -95,7 +95,9 @@ def _of_rows(
     with_entropy: bool,
     teacher: Hidden | None,
 ) -> Read:
-    logits_MV = _at_least_fp32(F.linear(*hidden))
+    logits_MV = F.linear(*hidden)
+    if not logits_MV.is_cuda:  # a GPU reads them as they are, and nothing writes them once more
+        logits_MV = _at_least_fp32(logits_MV)
     return Read(
         sampled_logprobs(logits_MV, targets_M, temperature, kept),
         entropy(logits_MV, temperature) if with_entropy else None,

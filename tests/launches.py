@@ -18,9 +18,12 @@ from posttrain.kernels import (
     e4m3,
     experts_triton,
     fp8_triton,
+    heads_triton,
     index_topk_triton,
     indexer_kl_triton,
     invariant_triton,
+    logprob_triton,
+    norm_triton,
     paged_mla_triton,
     rope_triton,
     sparse_mla_backward_triton,
@@ -101,6 +104,22 @@ def _experts(width: int) -> None:
     experts_triton.gate_backward_(rows, experts_triton.gate(rows, weights, at), weights, at)
     experts_triton.sum_rows(rows, at, QUERIES // 8)
     experts_triton.zero_unused_(_bf16(8, width, width), torch.zeros(8, dtype=torch.int32))
+
+
+def _keys(heads: int) -> None:
+    kv, k_rot = _bf16(2, 8, heads, OWN + VALUE).requires_grad_(), _bf16(2, 8, ROTARY).requires_grad_()
+    keys, values = heads_triton.keys_and_values(kv, k_rot, OWN)
+    torch.autograd.backward((keys, values), (torch.zeros_like(keys), torch.zeros_like(values)))
+
+
+def _target_logprobs(dtype: torch.dtype) -> None:
+    logits = torch.zeros(3, 129_280, dtype=dtype, requires_grad=True)
+    logprob_triton.target_logprobs(logits, torch.zeros(3).long(), 1.0).sum().backward()
+
+
+def _norm(size: int) -> None:
+    x, weight = _bf16(16, size).requires_grad_(), _bf16(size).requires_grad_()
+    norm_triton.rms_norm(x, weight, 1e-6).sum().backward()
 
 
 def _quantized_topk() -> None:
@@ -242,6 +261,12 @@ LAUNCHES: dict[str, Launch] = {
     **{
         f"experts of {width}": Launch(call=lambda width=width: _experts(width)) for width in (512, 1536, 2048)
     },
+    **{f"keys of {heads} heads": Launch(call=lambda heads=heads: _keys(heads)) for heads in (16, 128)},
+    **{
+        f"log-probs of targets, {dtype}": Launch(call=lambda dtype=dtype: _target_logprobs(dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    **{f"RMS norm of {size}": Launch(call=lambda size=size: _norm(size)) for size in (512, 1536, 7168)},
     "dense warm-up, 128 heads": Launch(call=lambda: _warmup(128)),
     "all of a small model in fp32": Launch(call=_in_fp32),
     # Fewer registers than it would like, so that three share a multiprocessor: faster all the same.

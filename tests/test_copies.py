@@ -52,7 +52,8 @@ def test_keys_of_heads(
     runs = []
     for by_kernel in (True, False):
         monkeypatch.setattr(dense, "_has_kernel", lambda x, by_kernel=by_kernel: by_kernel)
-        found = dense.keys(kv[..., :own], entries[..., 11:])
+        found, values = dense.keys_and_values(kv, entries[..., 11:], own)
+        assert torch.equal(values, kv[..., own:])
         runs.append((found, *torch.autograd.grad(found, (kv, entries), dout)))
     for ours, wanted in zip(*runs, strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
