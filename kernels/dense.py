@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 LONG = 512
 """Tokens from which a document is long."""
 STEP = 128
-"""Long documents are padded to multiples of this; at once go a power of two of them, or in training all."""
+"""Long documents are padded to multiples of this; at once go a power of two of them."""
 _FOR_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
 
@@ -46,13 +46,11 @@ def causal(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tens
 
 def _causal_on_gpu(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:
     length = q_BLHE.shape[1]
-    trains = torch.is_grad_enabled() and q_BLHE.requires_grad
     if length < LONG:
         with sdpa_kernel(_FOR_SHORT, set_priority=True):
             return _attend(q_BLHE, k_BLHE, v_BLHV, scale)
     with sdpa_kernel(_FOR_LONG, set_priority=True):
-        # Joined again, gradients would be copied once more; batches of a learner have few numbers of documents.
-        sizes = [len(q_BLHE)] if trains else _powers(len(q_BLHE))
+        sizes = _powers(len(q_BLHE))
         parts = (_padded(x).split(sizes) for x in (q_BLHE, k_BLHE, v_BLHV))
         found = [_attend(q, k, v, scale)[:, :length] for q, k, v in zip(*parts, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
