@@ -10,7 +10,9 @@ import triton.language as tl
 @triton.jit
 def dot(a, b, INTERPRET: tl.constexpr):
     """a @ b with fp32 sums; `acc += dot(...)` becomes one instruction. fp32 factors lose nothing to TF32."""
-    if INTERPRET:  # numpy's, which may add up a row in another order where it stands elsewhere: not to be seen in fp32
+    if (
+        INTERPRET
+    ):  # numpy's, which may add up a row in another order where it stands elsewhere: not to be seen in fp32
         return tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, input_precision="tf32x3")
 

@@ -150,6 +150,17 @@ def _copy_pair(
 
 
 @gluon.jit
+def _load_pair(
+    q_ptr, do_ptr, kept_pair, row, column, smem,
+    H: gl.constexpr, R: gl.constexpr, E: gl.constexpr, BC: gl.constexpr, VALUE: gl.constexpr,
+):  # fmt: skip
+    """_load_query for two queries, each where it keeps anything."""
+    for which in gl.static_range(2):
+        kept = gl.load(kept_pair + which)
+        _load_query(q_ptr, do_ptr, row + which, kept, column, smem.index(which), H, R, E, BC, VALUE)
+
+
+@gluon.jit
 def _multiply(work_smem, buffer: gl.constexpr, q_do_smem, zero):
     """Gradients of a tile's entries, of both queries."""
     grad = warpgroup_mma(work_smem.index(2 * buffer), q_do_smem.index(0), zero, use_acc=False, is_async=True)
@@ -178,11 +189,9 @@ def dkv_merged_kernel(
     num = gl.load(num_ptr + pair)
 
     q_do_smem = gl.allocate_shared_memory(dtype, [2, W, BC], smem)
-    for which in gl.static_range(2):
-        kept = gl.load(kept_ptr + 2 * pair + which)
-        _load_query(
-            q_ptr, do_ptr, first_row + 2 * pair + which, kept, column, q_do_smem.index(which), H, R, E, BC, VALUE
-        )  # fmt: skip
+    _load_pair(
+        q_ptr, do_ptr, kept_ptr + 2 * pair, first_row + 2 * pair, column, q_do_smem, H, R, E, BC, VALUE
+    )
     work_rows: gl.constexpr = row_layout(W, 8, WARPS)
     places: gl.constexpr = gl.SliceLayout(1, work_rows)
     work_smem = gl.allocate_shared_memory(dtype, [4, BK, W], smem)  # of two tiles two queries each
