@@ -181,27 +181,23 @@ def dkv_merged_kernel(
     out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BC // (WARPS // 4), 16])
     wide: gl.constexpr = row_layout(BC, 4, WARPS)
     smem: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
     pair = (gl.program_id(0) // BLOCKS).to(gl.int64)
     column = (0 if VALUE else R) + gl.program_id(0) % BLOCKS * BC
     slots_row, places_row = slots_ptr + pair * (2 * K), places_ptr + pair * (2 * K)
     work_pair = work_ptr + 2 * pair * (K * 2 * H)
     num = gl.load(num_ptr + pair)
-
-    q_do_smem = gl.allocate_shared_memory(dtype, [2, W, BC], smem)
-    _load_pair(
-        q_ptr, do_ptr, kept_ptr + 2 * pair, first_row + 2 * pair, column, q_do_smem, H, R, E, BC, VALUE
-    )
+    q_do_smem = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, W, BC], smem)
+    first = first_row + 2 * pair
+    _load_pair(q_ptr, do_ptr, kept_ptr + 2 * pair, first, column, q_do_smem, H, R, E, BC, VALUE)
     work_rows: gl.constexpr = row_layout(W, 8, WARPS)
     places: gl.constexpr = gl.SliceLayout(1, work_rows)
-    work_smem = gl.allocate_shared_memory(dtype, [4, BK, W], smem)  # of two tiles two queries each
-    even_places = _places(places_row, 0, num, BK, places)
-    odd_places = _places(places_row, BK, num, BK, places)
-    _copy_pair(work_pair, even_places, work_smem, 0, W, H, K, work_rows)
-    _copy_pair(work_pair, odd_places, work_smem, 1, W, H, K, work_rows)
+    # Of two tiles two queries each.
+    work_smem = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [4, BK, W], smem)
+    for tile in gl.static_range(2):
+        at = _places(places_row, tile * BK, num, BK, places)
+        _copy_pair(work_pair, at, work_smem, tile, W, H, K, work_rows)
     even_places = _places(places_row, 2 * BK, num, BK, places)
     odd_places = _places(places_row, 3 * BK, num, BK, places)
-
     zero = gl.zeros([BK, BC], gl.float32, out)
     c = column + gl.arange(0, BC, layout=gl.SliceLayout(0, wide))
     rows: gl.constexpr = gl.SliceLayout(1, wide)

@@ -133,6 +133,9 @@ def test_nothing_to_rotate_and_what_does_not_fit() -> None:
             bad()
 
 
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="a model on the CPU needs the interpreter; tests/gpu has one on the GPU"
+)
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_a_model_trains_and_generates_as_by_the_definition(
     monkeypatch: pytest.MonkeyPatch, attention: str
