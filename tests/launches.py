@@ -84,6 +84,15 @@ def _topk() -> None:
     index_topk_triton.topk(*_index(), key_ranges(begin, begin + SLOTS, "cpu"), KEPT)
 
 
+def _few_and_small_heads() -> None:
+    begin = torch.zeros(QUERIES, dtype=torch.int32)
+    ranges = key_ranges(begin, begin + SLOTS, "cpu")
+    q, k, w = _bf16(QUERIES, 32, 64), _bf16(SLOTS, 64), torch.zeros(QUERIES, 32)
+    index_topk_triton.topk(q, k, w, ranges, KEPT)
+    q8, k8 = (x.to(torch.float8_e4m3fn) for x in (q, k))
+    index_topk_triton.topk(q8, k8, w, ranges, KEPT, k_scale_S=torch.zeros(SLOTS))
+
+
 def _indexer_kl(*, deterministic: bool) -> None:
     p, weight = torch.zeros(QUERIES, KEPT), torch.zeros(QUERIES)
     indexer_kl_triton.indexer_kl(*_index(), _slots(), p, weight, deterministic=deterministic)
@@ -257,6 +266,7 @@ LAUNCHES: dict[str, Launch] = {
     },
     "decoding in one part": Launch(call=_decode_in_one_part),
     "index scores and top-k": Launch(call=_topk),
+    "scores of 32 heads of 64": Launch(call=_few_and_small_heads),
     "e4m3 scores and top-k": Launch(call=_quantized_topk),
     **{
         f"experts of {width}": Launch(call=lambda width=width: _experts(width)) for width in (512, 1536, 2048)

@@ -106,6 +106,30 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_index_topk_triton, "SPANS", (32,))
 
 
+def test_spans_are_a_matter_of_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three programs of 32 keys or six of 16: both where few programs are enough and where more are wanted."""
+    cache = Cache(LENGTHS, 16)
+    _, q, w = _queries(len(LENGTHS), 1)
+    found = []
+    for enough in (1, 10**6):
+        monkeypatch.setattr(paged_index_topk_triton, "SPANS", (64, 32))
+        monkeypatch.setattr(paged_index_topk_triton, "ENOUGH", enough)
+        found.append(_select(cache.pages(), q, w))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "kept", "part"),
+    [(64, 128, 2048, 2048), (64, 64, 2048, 1024), (36, 64, 2048, 512), (1, 128, 2048, 512), (256, 16, 2048, 2048),
+     (256, 128, 1000, 1024), (256, 128, 40, 512)],
+)  # fmt: skip
+def test_parts_are_as_large_as_leaves_few_multiprocessors_idle(
+    rows: int, heads: int, kept: int, part: int
+) -> None:
+    """A GPU of 132: 64 rows of two groups of heads are 128 programs, of one group 64, so that two parts each make 128."""
+    assert paged_mla_triton.part_size(rows, heads, kept) == part
+
+
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_a_step_is_its_definition(block_size: int, new: int) -> None:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,40 @@ def test_selection_of_hard_rows_equals_a_stable_sort(keys: int) -> None:
         wanted = scores[row, b:e].long().sort(descending=True, stable=True).indices[:KEPT].sort().values + b
         wanted = torch.nn.functional.pad(wanted, (0, KEPT - len(wanted)), value=-1).int()
         assert torch.equal(out[row], wanted), f"row {row}"
+
+
+@pytest.mark.parametrize("heads", [32, 64])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("e4m3", [False, True], ids=["bf16", "e4m3"])
+def test_scores_by_gluon_have_the_bits_of_triton(e4m3: bool, size: int, heads: int) -> None:
+    """Packed documents, chunks of one of them, keys that stand apart; every cell that a query needs is written."""
+    begin = torch.tensor([0] * 3000 + [3000] * 1500 + [4500] * 77, dtype=torch.int32)
+    end = torch.cat(
+        (torch.arange(3000) + 1, torch.arange(3000, 4500) + 1, torch.arange(9000, 9077) + 1)
+    ).int()
+    ranges = key_ranges(begin, end, "cuda")
+    q, k = _normal(len(begin), heads, size, seed=5), _normal(9100, 2 * size, seed=6)[:, :size]
+    w, scale = _normal(len(begin), heads, seed=7, dtype=torch.float32), None
+    if e4m3:
+        (q, w), (k, scale) = fp8_triton.quantize_e4m3(q, weight=w), fp8_triton.quantize_e4m3(k.contiguous())
+        scale = torch.stack((scale, torch.full_like(scale, float("nan"))), 1)[:, 0]
+    base = index_topk_triton.SHAPE if scale is None else index_topk_triton.E4M3_SHAPE
+    found = []
+    for gluon in (True, False):
+        shape, written = replace(base, gluon=gluon), []
+        for chunk in ranges.chunks:
+            out = torch.full((chunk.rows, chunk.width), 7, dtype=torch.int32, device="cuda")
+            index_topk_triton._write_scores(q, k, w, scale, out, ranges, chunk, 100, shape)
+            rows = slice(chunk.first_row, chunk.first_row + chunk.rows)
+            at = chunk.first_key + torch.arange(chunk.width, device="cuda")
+            seen = (at >= ranges.begin_N[rows, None]) & (at < ranges.end_N[rows, None])
+            needed = seen & (ranges.end_N - ranges.begin_N > 100)[rows, None]
+            written.append(out[needed])
+        found.append(torch.cat(written))
+    assert torch.equal(*found) and not (found[0] == 7).any()
+    assert torch.equal(
+        *(topk(q, k, w, ranges, 100, k_scale_S=scale, shape=replace(base, gluon=g)) for g in (True, False))
+    )
 
 
 @pytest.mark.parametrize("e4m3", [False, True], ids=["bf16", "e4m3"])
