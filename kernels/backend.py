@@ -39,6 +39,11 @@ class Backend:
 TORCH = Backend(name="torch", reason="default")
 
 
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether a kernel takes the place of torch's own copies and rotations, in either backend: on a GPU."""
+    return x.is_cuda
+
+
 def resolve(
     choice: Choice,
     device: torch.device,

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from posttrain.kernels.backend import has_kernel
+
 LONG = 512
 """Tokens from which a document is long."""
 STEP = 128
@@ -24,17 +26,13 @@ _FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
 def keys_and_values(kv_BLH: Tensor, rotary_BLR: Tensor, own: int) -> tuple[Tensor, Tensor]:
     """Keys [own | rotary] [B, L, H, N + R] and values [B, L, H, V] of what each head has of its own, [own | value] with
     N = own, and the rotary part that the heads share."""
-    if _has_kernel(kv_BLH):
+    if has_kernel(kv_BLH):
         from posttrain.kernels import heads_triton  # triton exists on Linux only
 
         return heads_triton.keys_and_values(kv_BLH, rotary_BLR, own)
     own_BLHN, v_BLHV = kv_BLH.split([own, kv_BLH.shape[-1] - own], dim=-1)
     rotary_BLHR = rotary_BLR[:, :, None].expand(-1, -1, kv_BLH.shape[2], -1)
     return torch.cat((own_BLHN, rotary_BLHR), dim=-1), v_BLHV
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 def causal(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Tensor:

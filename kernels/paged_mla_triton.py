@@ -209,7 +209,7 @@ def _parts_together(rows: int, parts: int, part: int) -> int:
 
 
 def part_size(max_rows: int, num_heads: int, num_kept: int) -> int:
-    """Kept entries of a part for an engine that decodes so many rows at most: as large as leaves few multiprocessors idle.
+    """Kept entries of a part for an engine that decodes about so many rows: as large as leaves few multiprocessors idle.
 
     It follows from the engine and not from a batch, whose rows would else have other bits.
     """

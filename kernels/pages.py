@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from posttrain.kernels.backend import has_kernel
+
 ONE_BLOCK = 1 << 30
 
 
@@ -75,7 +77,7 @@ class Pages:
 
 def write(pool_PSX: Tensor, slots_T: Tensor, x_TX: Tensor) -> None:
     """Put rows into a pool, each at its slot: block times S plus place, int64. Of several for one slot any stays."""
-    if _has_kernel(pool_PSX):
+    if has_kernel(pool_PSX):
         from posttrain.kernels import copy_triton  # triton exists on Linux only
 
         copy_triton.write(pool_PSX, slots_T, x_TX)
@@ -85,12 +87,8 @@ def write(pool_PSX: Tensor, slots_T: Tensor, x_TX: Tensor) -> None:
 
 def read(pool_PSX: Tensor, slots_T: Tensor) -> Tensor:
     """The rows [T, X] at such slots."""
-    if _has_kernel(pool_PSX):
+    if has_kernel(pool_PSX):
         from posttrain.kernels import copy_triton  # triton exists on Linux only
 
         return copy_triton.read(pool_PSX, slots_T)
     return pool_PSX[slots_T // pool_PSX.shape[1], slots_T % pool_PSX.shape[1]]
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda

@@ -4,9 +4,7 @@
    largest key very probably reaches, and few keys do. A bit for every key says whether it does; a prefix sum over words
    of 32 bits, and the places of the bits are written down in ascending order. If too few or too many reach the floor
    (a sample can deceive, the more so where neighbours are alike), a second one is tried.
-2. Among the keys in registers the k-th largest is sought, two guesses at a time: between counts that are known, as if
-   scores were spread evenly. Where that does not help, at thirds of the integers between; now and then at the ends,
-   which ends the search among equal keys. Some five rounds for scores of an indexer, at most 33 for anything.
+2. Among the keys in registers the k-th largest is sought, two guesses at a time (kth_triton.py).
 3. Those above it and the first ones equal to it are written out by one more prefix sum.
 
 If both floors deceive, or too many keys equal the floor, the search runs over the whole row instead: slower, as exact.

@@ -10,6 +10,8 @@ Shape letters: T tokens, P rotary size of a head.
 import torch
 from torch import Tensor, nn
 
+from posttrain.kernels.backend import has_kernel
+
 Rope = Tensor
 """exp(i angle), complex64 [T, P / 2], times the attention factor of YaRN."""
 
@@ -28,7 +30,7 @@ def rotate(x: Tensor, rope: Rope, *, start: int = 0, halves: bool = False, overw
     Components i and i + 1 form a number (interleaved, GPT-J), or with halves i and i + P / 2 (NeoX). With overwrite nobody
     needs x any more, and where there is no gradient either the result may take its place.
     """
-    if _has_kernel(x):
+    if has_kernel(x):
         from posttrain.kernels import rope_triton  # triton exists on Linux only
 
         return rope_triton.rotate(x, rope, start=start, halves=halves, overwrite=overwrite)
@@ -42,16 +44,12 @@ def rotate(x: Tensor, rope: Rope, *, start: int = 0, halves: bool = False, overw
 
 def rotate_into(out: Tensor, x: Tensor, rope: Rope) -> None:
     """Write x [T, ..., P], rotated, to a place of its own. No gradient."""
-    if _has_kernel(x):
+    if has_kernel(x):
         from posttrain.kernels import rope_triton  # triton exists on Linux only
 
         rope_triton.rotate_into(out, x, rope)
     else:
         out.copy_(_turned(x, rope, halves=False))
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 def _turned(x: Tensor, rope: Rope, halves: bool) -> Tensor:

@@ -19,7 +19,7 @@ def test_rows_go_to_their_slots_and_back(
     num: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
     """A part of a pool whose blocks and tokens stand apart, wider than one load of a row."""
-    monkeypatch.setattr(pages, "_has_kernel", lambda x: True)
+    monkeypatch.setattr(pages, "has_kernel", lambda x: True)
     pool = torch.full((9, 5, 103), NAN, device=DEVICE)
     part, x = pool[:, :, 3:100], _random(num, 97, seed=1)
     slots = torch.randperm(45, generator=torch.Generator().manual_seed(2))[:num].to(DEVICE)
@@ -27,7 +27,7 @@ def test_rows_go_to_their_slots_and_back(
     assert int(pool.isnan().sum()) == pool.numel() - x.numel(), "nothing else"
     assert torch.equal(part[slots // 5, slots % 5], x)
     assert torch.equal(pages.read(part, slots), x)
-    monkeypatch.setattr(pages, "_has_kernel", lambda x: False)
+    monkeypatch.setattr(pages, "has_kernel", lambda x: False)
     plain = torch.full_like(pool, NAN)
     pages.write(plain[:, :, 3:100], slots, x)
     assert torch.equal(plain.nan_to_num(9), pool.nan_to_num(9)) and torch.equal(pages.read(part, slots), x)
@@ -51,7 +51,7 @@ def test_keys_of_heads(
     dout = _random(documents, length, heads, own + rotary, seed=6)
     runs = []
     for by_kernel in (True, False):
-        monkeypatch.setattr(dense, "_has_kernel", lambda x, by_kernel=by_kernel: by_kernel)
+        monkeypatch.setattr(dense, "has_kernel", lambda x, by_kernel=by_kernel: by_kernel)
         found, values = dense.keys_and_values(kv, entries[..., 11:], own)
         assert torch.equal(values, kv[..., own:])
         runs.append((found, *torch.autograd.grad(found, (kv, entries), dout)))

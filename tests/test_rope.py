@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def _by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rope_module, "_has_kernel", lambda x: True)
+    monkeypatch.setattr(rope_module, "has_kernel", lambda x: True)
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_values_and_gradients(shape: tuple[int, ...], start: int, size: int, hal
 def test_the_kernel_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     x, turns = _random(11, 4, 20, seed=1), _turns(11, 8)
     found = [rotate(x, turns, start=s, halves=h) for s, h in ((0, False), (12, False), (0, True), (5, True))]
-    monkeypatch.setattr(rope_module, "_has_kernel", lambda x: False)
+    monkeypatch.setattr(rope_module, "has_kernel", lambda x: False)
     wanted = [rotate(x, turns, start=s, halves=h) for s, h in ((0, False), (12, False), (0, True), (5, True))]
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
@@ -154,7 +154,7 @@ def test_a_model_trains_and_generates_as_by_the_definition(
         return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     ours = run()
-    monkeypatch.setattr(rope_module, "_has_kernel", lambda x: False)
+    monkeypatch.setattr(rope_module, "has_kernel", lambda x: False)
     wanted = run()
     assert ours.keys() == wanted.keys()
     torch.testing.assert_close(ours["no grad"], ours["logits"], atol=1e-5, rtol=1e-5)
