@@ -93,8 +93,9 @@ def _merge_kernel(
     else:
         tl.store(out_ptr + at, tl.where(in_first, first, -1), mask=at < K)
         tl.store(out_ptr + K + at, tl.where(in_second, second, -1), mask=at < K)
-        tl.store(places_ptr + at, at | (NONE << 16), mask=at < K)
-        tl.store(places_ptr + K + at, (at << 16) | NONE, mask=at < K)
+        # A second row that is not there has no place that may be read either.
+        tl.store(places_ptr + at, tl.where(in_first, at, NONE) | (NONE << 16), mask=at < K)
+        tl.store(places_ptr + K + at, (tl.where(in_second, at, NONE) << 16) | NONE, mask=at < K)
         tl.store(num_ptr + pair, 2 * K)
 
 

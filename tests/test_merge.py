@@ -38,9 +38,9 @@ def test_empty_rows_and_slots_that_are_none() -> None:
 
 @pytest.mark.parametrize("first", [[4, -1, 7], [7, 4, -1], [4, 4, 7]], ids=["hole", "order", "duplicate"])
 def test_rows_that_do_not_ascend_are_not_merged(first: list[int]) -> None:
-    behind = [(4, -1, 0), (5, -1, 1), (-1, -1, 2)]
+    behind = [(4, -1, 0), (5, -1, 1), (-1, -1, -1)]
     rows = _lists([first, [4, 5, -1]], 9)
-    assert rows == [[(slot, place, -1) for place, slot in enumerate(first)] + behind]
+    assert rows == [[(slot, place if slot >= 0 else -1, -1) for place, slot in enumerate(first)] + behind]
 
 
 @pytest.mark.parametrize("kept", [1, 63, 100])
@@ -55,6 +55,12 @@ def test_many_rows_are_unions(kept: int) -> None:
         mine += [{}] * (2 - len(mine))
         union = sorted(set(mine[0]) | set(mine[1]))
         assert found == [(s, mine[0].get(s, -1), mine[1].get(s, -1)) for s in union]
+
+
+def test_a_last_row_that_does_not_ascend_has_no_neighbour_to_read() -> None:
+    found = merge(torch.tensor([[4, -1, 7]], dtype=torch.int32, device=DEVICE), 9)
+    places = [(x & NONE, x >> 16) for x in found.places_PU[0].tolist()]
+    assert places == [(0, NONE), (NONE, NONE), (2, NONE), *[(NONE, NONE)] * 3]
 
 
 def test_merge_refuses_what_does_not_fit() -> None:
