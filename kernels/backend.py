@@ -26,11 +26,17 @@ class Backend:
     name: Literal["triton", "torch"]
     reason: str
     deterministic: bool = False
-    """Gradients that many queries add to are the same bits every time."""
+    """Gradients that many queries add to are the same bits every time; and with Triton's kernels a token has the same bits in
+    every batch, in training as in generation (invariant.py)."""
     dense_rows: bool = True
     """With Triton: rows that keep all their keys go through dense attention, the same function for less."""
     max_rows: int = 64
     """Sequences that an engine decodes at the same time: what the parts of a row are sized for."""
+
+    @property
+    def invariant(self) -> bool:
+        """Whether the model's products, too, must not see which rows stand beside theirs."""
+        return self.deterministic and self.name == "triton"
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason}{', deterministic' if self.deterministic else ''})"

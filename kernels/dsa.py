@@ -26,7 +26,7 @@ from posttrain.kernels import (
     sparse_mla_triton,
 )
 from posttrain.kernels.index_topk_triton import Ranges
-from posttrain.kernels.pages import Pages
+from posttrain.kernels.pages import Pages, read
 from posttrain.kernels.warmup_kl_triton import Attention, warmup_kl
 
 
@@ -91,17 +91,37 @@ def decode(
     scale: float,
     value_size: int,
     max_rows: int,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Latent output [B, Q, H, R] of new tokens that are in the cache already, and the kept positions int32 [B, Q, K].
 
-    A row's bits depend on max_rows, of the engine, and not on B. q and the indexer's q and w are as in select() and attend(). Raises ValueError for what does not fit.
+    A row's bits depend on max_rows, of the engine, and not on B; if deterministic they are those of select() and attend() for
+    the same token in a packed document. q and the indexer's q and w are as there. Raises ValueError for what does not fit.
     """
     if pages.scale_PS is not None:
         q_index_BQJI, w_BQJ = quantized((q_index_BQJI,), (w_BQJ,))
     kept_BQK = paged_index_topk_triton.topk(q_index_BQJI, w_BQJ, pages, num_kept)
+    if deterministic:
+        return _attend_copies(q_BQHE, pages, kept_BQK, scale, value_size), kept_BQK
     part = paged_mla_triton.part_size(max_rows, q_BQHE.shape[2], num_kept)
     o_BQHR, _ = paged_mla_triton.attend(q_BQHE, pages, kept_BQK, scale, value_size, part=part)
     return o_BQHR, kept_BQK
+
+
+def _attend_copies(q_BQHE: Tensor, pages: Pages, kept_BQK: Tensor, scale: float, value_size: int) -> Tensor:
+    """The packed kernel on copies of the kept entries: it adds up in the order of the entries, wherever they lie."""
+    B, Q, H, E = q_BQHE.shape
+    kept_NK = kept_BQK.flatten(0, 1)
+    is_kept_NK = kept_NK >= 0
+    at_NK = kept_NK.where(is_kept_NK, 0)
+    block_NK = pages.table_BM.repeat_interleave(Q, 0).gather(1, (at_NK // pages.block_size).long())
+    slot_NK = block_NK.long() * pages.block_size + at_NK % pages.block_size
+    # A row of a captured graph that has no sequence may have anything in its table.
+    entries_SE = read(pages.entries_PSE, slot_NK.where(is_kept_NK, 0).flatten())
+    place_NK = torch.arange(kept_NK.numel(), dtype=torch.int32, device=kept_NK.device).view_as(kept_NK)
+    slots_NK = place_NK.where(is_kept_NK, -1)
+    o_NHR, _ = sparse_mla_triton.forward(q_BQHE.reshape(B * Q, H, E), entries_SE, slots_NK, scale, value_size)
+    return o_NHR.view(B, Q, H, value_size)
 
 
 def attend(

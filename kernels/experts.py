@@ -20,24 +20,21 @@ def run_experts(
     x_TD: Tensor, experts_TE: Tensor, weights_TE: Tensor, gate_up_XDF: Tensor, down_XFD: Tensor
 ) -> Tensor:
     """Weighted sum of the gated MLPs of each token's experts, [T, D]; gate_up is [X, D, 2 F], down [X, F, D]."""
-    if takes_groups(x_TD, gate_up_XDF, down_XFD):
+    if len(x_TD) and takes_groups(down_XFD):
         return run_groups(x_TD, experts_TE, weights_TE, gate_up_XDF, down_XFD)
     out_TD: Tensor = _Experts.apply(x_TD, experts_TE, weights_TE.to(x_TD.dtype), gate_up_XDF, down_XFD)
     return out_TD
 
 
-def takes_groups(x_TD: Tensor, gate_up_XDF: Tensor, down_XFD: Tensor) -> bool:
+def takes_groups(down_XFD: Tensor) -> bool:
     """Whether torch has one kernel for the products of all experts: bf16, Hopper or Blackwell, rows of whole 16 bytes.
 
     Elsewhere its grouped product is a loop that waits for the device. Nor does it take no rows at all.
     """
-    if not x_TD.is_cuda or len(x_TD) == 0 or len(down_XFD) >= 1024:
+    if not down_XFD.is_cuda or down_XFD.dtype != torch.bfloat16 or len(down_XFD) >= 1024:
         return False
-    if any(t.dtype != torch.bfloat16 for t in (x_TD, gate_up_XDF, down_XFD)):
-        return False
-    return torch.cuda.get_device_capability(x_TD.device)[0] in (9, 10) and not any(
-        size % 8 for size in down_XFD.shape[1:]
-    )
+    capability = torch.cuda.get_device_capability(down_XFD.device)
+    return capability[0] in (9, 10) and not any(size % 8 for size in down_XFD.shape[1:])
 
 
 def run_groups(

@@ -1,14 +1,16 @@
-"""Functions of rows whose bits do not depend on the other rows: what batch-invariant generation needs.
+"""Functions of rows whose bits do not depend on the other rows: what batch-invariant generation needs, and a learner that
+finds the engine's log-probs again to the last bit.
 
 A library chooses a product's kernel by the number of rows, and with it the order of its sums. Here nothing but the
 widths decides. On a GPU the products are a Triton kernel with tiles of one size that sums over K in order; the rest is torch's,
-which takes a block for each row there. On the CPU everything is cut into calls of the same number of rows. No gradients. Next:
-invariant_triton.py, ../model/paged.py, which keeps the sequences of a batch apart.
+which takes a block for each row there. On the CPU everything is cut into calls of the same number of rows. Gradients are torch's.
+Next: invariant_triton.py, ../model/paged.py, which keeps the sequences of a batch apart.
 
 Shape letters: T rows, K and N widths, B matrices.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,22 +32,28 @@ class Invariant(TorchFunctionMode):
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
+def products(*, invariant: bool) -> AbstractContextManager[Any]:
+    """The mode where it is wanted, else nothing."""
+    return Invariant() if invariant else nullcontext()
+
+
 def linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x [..., K] times the transpose of w, in x's dtype."""
     x_TK = x.reshape(-1, x.shape[-1])
     if x.is_cuda:
-        out_TN = _product(x_TK[None], w_NK.t()[None])[0]
+        out_TN = _Product.apply(x_TK[None], w_NK.t()[None])[0]
     else:
         out_TN = _in_blocks(lambda rows: F.linear(rows, w_NK), x_TK)
     if bias_N is not None:
         out_TN = out_TN + bias_N
-    return out_TN.view(*x.shape[:-1], len(w_NK))
+    out: Tensor = out_TN.view(*x.shape[:-1], len(w_NK))
+    return out
 
 
 def bmm(x_BTK: Tensor, w_BKN: Tensor, *, out: Tensor | None = None) -> Tensor:
     """[B, T, K] times [B, K, N], in x's dtype."""
     if x_BTK.is_cuda:
-        found_BTN = _product(x_BTK, w_BKN)
+        found_BTN = _Product.apply(x_BTK, w_BKN)
     else:
         found_BTN = _in_blocks(
             lambda rows: torch.bmm(rows.transpose(0, 1), w_BKN).transpose(0, 1), x_BTK.transpose(0, 1)
@@ -53,9 +61,13 @@ def bmm(x_BTK: Tensor, w_BKN: Tensor, *, out: Tensor | None = None) -> Tensor:
     return found_BTN if out is None else out.copy_(found_BTN)
 
 
-def mm(x_TK: Tensor, w_KN: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """[T, K] times [K, N] in another type."""
-    return linear(x_TK.to(out_dtype), w_KN.t().to(out_dtype))
+def mm(
+    x_TK: Tensor, w_KN: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """[T, K] times [K, N], in another type if wanted."""
+    dtype = out_dtype or x_TK.dtype
+    found_TN = linear(x_TK.to(dtype), w_KN.t().to(dtype))
+    return found_TN if out is None else out.copy_(found_TN)
 
 
 def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -117,10 +129,22 @@ def _in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(block.contiguous()) for block in blocks])[:num]
 
 
-def _product(x_BTK: Tensor, w_BKN: Tensor) -> Tensor:
-    from posttrain.kernels import invariant_triton  # triton exists on Linux only
+class _Product(torch.autograd.Function):
+    """invariant_triton.py's, with torch's products as its backward: a gradient sums over rows in any case."""
 
-    return invariant_triton.product(x_BTK, w_BKN)
+    @staticmethod
+    def forward(ctx: Any, *args: Tensor) -> Tensor:
+        from posttrain.kernels import invariant_triton  # triton exists on Linux only
+
+        ctx.save_for_backward(*args)
+        return invariant_triton.product(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x_BTK, w_BKN), (dout_BTN,) = ctx.saved_tensors, grads
+        dx_BTK = dout_BTN @ w_BKN.transpose(1, 2) if ctx.needs_input_grad[0] else None
+        dw_BKN = x_BTK.transpose(1, 2) @ dout_BTN if ctx.needs_input_grad[1] else None
+        return dx_BTK, dw_BKN
 
 
 _REPLACED: dict[Any, Callable[..., Tensor]] = {

@@ -24,6 +24,7 @@ from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 
 from posttrain.kernels import backend
+from posttrain.kernels.invariant import products
 from posttrain.kernels.pointwise import rms_norm, swiglu
 from posttrain.model.attention import DsaAttention
 from posttrain.model.context import Context
@@ -90,7 +91,7 @@ class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
             context,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _unrecorded(context, self.layer_idx)),
+            context_fn=lambda: (nullcontext(), _again(context, self.layer_idx)),
         )
         return found
 
@@ -105,11 +106,15 @@ class DsaDecoderLayer(hf.DeepseekV32DecoderLayer):
 
 
 @contextmanager
-def _unrecorded(context: Context, layer: int) -> Iterator[None]:
-    """What the block leaves in the context is that of the first time: Triton fills its figures in backward."""
+def _again(context: Context, layer: int) -> Iterator[None]:
+    """A block's second time, with the first one's products.
+
+    What it leaves in the context is that of the first time: Triton fills its figures in backward.
+    """
     first = context.records.pop(layer)
     try:
-        yield
+        with products(invariant=context.backend.invariant):
+            yield
     finally:
         context.records[layer] = first
 
@@ -136,15 +141,16 @@ class DsaModel(hf.DeepseekV32Model):
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Final hidden states [T, D] of packed tokens."""
-        x_TD = self.embed_tokens(tokens_T)
-        rope = unit_circle(self.rotary_emb, context.positions_T)
-        losses: list[Tensor | None] = []
-        for layer in self.layers:
-            x_TD, kl = layer(x_TD, rope, context)
-            losses.append(kl)
-        for i, kl in enumerate(losses):
-            context.record(i).kl = kl
-        normed_TD: Tensor = self.norm(x_TD)
+        with products(invariant=context.backend.invariant):
+            x_TD = self.embed_tokens(tokens_T)
+            rope = unit_circle(self.rotary_emb, context.positions_T)
+            losses: list[Tensor | None] = []
+            for layer in self.layers:
+                x_TD, kl = layer(x_TD, rope, context)
+                losses.append(kl)
+            for i, kl in enumerate(losses):
+                context.record(i).kl = kl
+            normed_TD: Tensor = self.norm(x_TD)
         return normed_TD
 
 
@@ -173,7 +179,10 @@ class DeepseekV32ForCausalLM(hf.DeepseekV32ForCausalLM):
         x_MD = self.model(tokens_T, context)
         if at_M is not None:
             x_MD = x_MD.index_select(0, at_M)
-        return self.lm_head(x_MD).float() if read is None else read(x_MD, self.lm_head.weight)
+        if read is not None:
+            return read(x_MD, self.lm_head.weight)
+        with products(invariant=context.backend.invariant):
+            return self.lm_head(x_MD).float()
 
     def backend(
         self,

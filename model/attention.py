@@ -335,6 +335,7 @@ class DsaAttention(hf.DeepseekV32Attention):
             scale=self.scaling,
             value_size=self.kv_lora_rank,
             max_rows=context.backend.max_rows,
+            deterministic=context.backend.deterministic,
         )
         if context.record_kept:
             context.record(self.layer_idx).kept_BQK = kept_BQK

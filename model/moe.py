@@ -17,12 +17,15 @@ from posttrain.kernels.experts import run_experts as run_each
 from posttrain.kernels.pointwise import linear_fp32, swiglu
 from posttrain.model.context import Context
 
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""What runs routed experts: of x [T, D], experts and weights [T, E], and both matrices [X, in, out], [T, D]."""
+
 
 class DsaMoE(hf.DeepseekV32MoE):
     """Routed plus shared experts on packed tokens."""
 
     layer_idx: int
-    run: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    run: Experts | None = None
     """What runs the routed experts where not all of them are here, or an engine has its own kernel; None: moe.py."""
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:  # type: ignore[override]  # needs the context

@@ -150,8 +150,7 @@ class Cluster:
         for name, value in process.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if self.cfg.rollouts.engine == "vllm":
-            invariant = self.cfg.cluster.deterministic and self.device != "cpu"
-            os.environ.update(launch.environment(invariant=invariant))
+            os.environ.update(launch.ENVIRONMENT)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray gives its workers the lowest priority but four; our actors are the work, not a guest of it.

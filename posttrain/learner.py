@@ -342,7 +342,13 @@ class Learner:
         def read(x_MD: Tensor, head_VD: Tensor) -> logprob.Read:
             hidden, limit = logprob.Hidden(x_MD, head_VD), self.setup.max_logits
             given = (hidden, tensors.targets_M, temperature, tensors.kept_ids)
-            return logprob.head_logprobs(*given, with_entropy=with_entropy, teacher=teacher, max_logits=limit)
+            return logprob.head_logprobs(
+                *given,
+                with_entropy=with_entropy,
+                teacher=teacher,
+                max_logits=limit,
+                invariant=context.backend.invariant,
+            )
 
         found: logprob.Read = model(tensors.tokens_T, context, tensors.at_M, read)
         if part is None or self._sharing is None:

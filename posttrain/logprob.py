@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from posttrain.kernels.invariant import products
 from posttrain.model.arch import target_logprobs
 
 MAX_LOGITS = 1 << 26
@@ -69,20 +70,24 @@ def head_logprobs(
     with_entropy: bool = False,
     teacher: Hidden | None = None,
     max_logits: int = MAX_LOGITS,
+    invariant: bool = False,
 ) -> Read:
-    """Log-probs of the targets, entropies if wanted, and the KL to the teacher where there is one."""
+    """Log-probs of the targets, entropies if wanted, and the KL to the teacher where there is one.
+
+    With `invariant` a token's bits do not depend on the others (kernels/invariant.py).
+    """
     x_MD, head_VD = hidden
     models = 1 if teacher is None else 2
     rows = max(1, max_logits // (models * len(head_VD)))
     if len(x_MD) <= rows:
-        return _of_rows(hidden, targets_M, temperature, kept, with_entropy, teacher)
+        return _of_rows(hidden, targets_M, temperature, kept, with_entropy, teacher, invariant)
     parts: list[Read] = []
     for begin in range(0, len(x_MD), rows):
         end = min(begin + rows, len(x_MD))
         kept_part = None if kept is None else kept.part(begin, end)
         teacher_part = None if teacher is None else Hidden(teacher.x_MD[begin:end], teacher.head_VD)
         own = Hidden(x_MD[begin:end], head_VD)
-        given = (own, targets_M[begin:end], temperature, kept_part, with_entropy, teacher_part)
+        given = (own, targets_M[begin:end], temperature, kept_part, with_entropy, teacher_part, invariant)
         parts.append(checkpoint(_of_rows, *given, use_reentrant=False, preserve_rng_state=False))
     return Read._make(None if some[0] is None else torch.cat(some) for some in zip(*parts, strict=True))
 
@@ -94,8 +99,10 @@ def _of_rows(
     kept: KeptIds | None,
     with_entropy: bool,
     teacher: Hidden | None,
+    invariant: bool,
 ) -> Read:
-    logits_MV = F.linear(*hidden)
+    with products(invariant=invariant):  # here: it is made again in the backward pass
+        logits_MV = F.linear(*hidden)
     if not logits_MV.is_cuda:  # a GPU reads them as they are, and nothing writes them once more
         logits_MV = _at_least_fp32(logits_MV)
     return Read(

@@ -254,7 +254,7 @@ def _vllm_engine(setup: PoolSetup) -> Any:
     from posttrain.model import checkpoint
     from posttrain.rollouts.vllm import launch
 
-    launch.prepare(invariant=setup.deterministic and setup.device != "cpu")
+    launch.prepare()
     from posttrain.rollouts.vllm.engine import Limits, VllmEngine  # imports vLLM, an extra
 
     limits = Limits(

@@ -99,6 +99,16 @@ def test_the_triton_product_is_the_product(T: int, N: int, K: int) -> None:
         )
 
 
+def test_the_triton_product_has_the_gradients_of_torchs() -> None:
+    x, w, grad = _random(2, 9, 70), _random(2, 70, 5, seed=1), _random(2, 9, 5, seed=2)
+    found = []
+    for product, dtype in ((invariant._Product.apply, torch.float32), (torch.bmm, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        found.append(torch.autograd.grad(product(*leaves), leaves, grad.to(dtype)))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(ValueError, match="do not fit together"):
         invariant_triton.product(_random(1, 2, 3), _random(1, 4, 5))

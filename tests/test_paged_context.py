@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from posttrain.kernels.backend import Backend
+from posttrain.kernels.experts import run_experts
 from posttrain.model import paged as paged_module
 from posttrain.model.arch import DeepseekV32ForCausalLM
 from posttrain.model.entry import Entry
@@ -126,6 +127,43 @@ def test_chunks_and_mixed_passes_are_the_packed_pass(
             for b, n in enumerate(LENGTHS):
                 rows = torch.cat(kept[b][layer::3])
                 assert torch.equal(rows.long(), record[b, :n]), f"layer {layer}, document {b}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index_dtype", ["model", "e4m3"])
+def test_a_deterministic_pass_has_the_bits_of_the_packed_pass(index_dtype: str) -> None:
+    """By Triton: what an engine decodes is what the learner finds; on a GPU with gradients, too (tests/gpu)."""
+    backend = Backend(name="triton", reason="test", deterministic=True)
+    engine = _Engine("sparse", backend, index_dtype, num_layers=2)
+    for moe in engine.model.moe_layers().values():
+        moe.run = run_experts
+    hidden: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
+    for left in (4, 3, 2, 1, 0):
+        counts = {b: max(1, n - left) if left == 4 or n <= 4 else 1 for b, n in enumerate(LENGTHS)}
+        counts = {b: count for b, count in counts.items() if engine.done[b] < LENGTHS[b]}
+        order, out, _ = engine.step(counts, record_kept=False)
+        for b, part in zip(order, out.split([counts[b] for b in order]), strict=True):
+            hidden[b].append(part)
+    found = torch.cat([torch.cat(parts) for parts in hidden])
+    with torch.inference_mode():
+        wanted = engine.model.model(torch.cat(engine.documents), tiny.packed(list(LENGTHS), backend=backend))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_a_deterministic_block_that_is_computed_again_has_the_same_products() -> None:
+    backend = Backend(name="triton", reason="test", deterministic=True)
+    engine = _Engine("sparse", backend, num_layers=2)
+    grads: list[dict[str, torch.Tensor]] = []
+    for recompute in (False, True):
+        for layer in engine.model.model.layers:
+            layer.recompute = recompute
+        engine.model.zero_grad()
+        hidden = engine.model.model(torch.cat(engine.documents), tiny.packed(list(LENGTHS), backend=backend))
+        hidden.square().sum().backward()
+        grads.append({name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and "model.layers.1.self_attn.q_b_proj.weight" in grads[0]
+    assert not [name for name, grad in grads[0].items() if not torch.equal(grad, grads[1][name])]
 
 
 @pytest.mark.slow

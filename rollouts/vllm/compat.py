@@ -121,3 +121,12 @@ def fused_experts(
     gate_up_XFD, down_XDF = gate_up_XDF.transpose(1, 2), down_XFD.transpose(1, 2)
     out_TD: Tensor = fused_experts_op(x_TD, gate_up_XFD, down_XDF, weights_TE, experts_TE.int())
     return out_TD
+
+
+def fused_experts_of_one_shape(*args: Tensor) -> Tensor:
+    """fused_experts with the same tiles for any number of tokens: a token's bits do not depend on the others."""
+    from vllm.model_executor.layers.fused_moe import override_config  # needs a GPU build
+
+    sizes = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
+    with override_config(sizes):
+        return fused_experts(*args)

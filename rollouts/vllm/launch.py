@@ -14,6 +14,8 @@ ENVIRONMENT = {
     # Otherwise the first sample of a process waits 10 to 20 s for a C++ compiler.
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Would put another function in the place of torch.bmm, which kernels/invariant.py then could not see.
+    "VLLM_BATCH_INVARIANT": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -21,18 +23,9 @@ ENVIRONMENT = {
 """Read when vLLM is imported, by the process that holds the engine."""
 
 
-def environment(*, invariant: bool) -> dict[str, str]:
-    """The same, where a request's bits must not depend on its batch on a GPU, too.
-
-    vLLM then runs its kernel for experts with one set of tiles, and gives softmax and mean kernels of its own.
-    """
-    return ENVIRONMENT | {"VLLM_BATCH_INVARIANT": "1" if invariant else "0"}
-
-
-def prepare(*, invariant: bool = False) -> None:
+def prepare() -> None:
     """Set it for this process; ValueError if vLLM is missing or was imported without it."""
-    wanted = environment(invariant=invariant)
-    wrong = {name: value for name, value in wanted.items() if os.environ.get(name) != value}
+    wrong = {name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
     if wrong and "vllm" in sys.modules:
         raise ValueError(
             f"vLLM is imported already; set before: {' '.join(f'{n}={v}' for n, v in wrong.items())}"

@@ -9,7 +9,6 @@ Shape letters: T tokens, D hidden, V vocabulary, B sequences, M blocks of a sequ
 
 import itertools
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,10 +26,13 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from posttrain.kernels.backend import Choice
-from posttrain.kernels.invariant import Invariant
+from posttrain.kernels.dense import lengths
+from posttrain.kernels.experts import run_groups, takes_groups
+from posttrain.kernels.invariant import products
 from posttrain.model import checkpoint
 from posttrain.model.context import PackedContext
 from posttrain.model.entry import Entry
+from posttrain.model.moe import DsaMoE, Experts
 from posttrain.model.paged import NewTokens, PagedCache, PagedContext, paged
 from posttrain.model.weights import Weights, take
 from posttrain.rollouts.vllm import compat
@@ -51,9 +53,6 @@ class DsaForVllm(nn.Module):
         device = str(vllm_config.device_config.device)
         with torch.device("cpu"):
             self.inner = load(path, dtype=dtype, device=device).eval().requires_grad_(False)
-        if device.startswith("cuda"):
-            for moe in self.inner.moe_layers().values():
-                moe.run = compat.fused_experts
         choice: Choice = vllm_config.additional_config.get("backend", "auto")
         deterministic = bool(vllm_config.additional_config.get("deterministic", False))
         self.backend = replace(
@@ -62,6 +61,9 @@ class DsaForVllm(nn.Module):
                 1, vllm_config.scheduler_config.max_num_seqs // 2
             ),  # half of the time there are fewer
         )
+        if device.startswith("cuda"):
+            for moe in self.inner.moe_layers().values():
+                moe.run = self._experts(moe)
         self.max_length: int = vllm_config.model_config.max_model_len
         config = self.inner.config
         layers = vllm_config.compilation_config.static_forward_context
@@ -78,6 +80,14 @@ class DsaForVllm(nn.Module):
         self._stage = Stage(self.shape(), rows, torch.device(device)) if rows else None
         self._in_python = False
         """Whether the last pass ran forward(), and was no replay of a CUDA graph."""
+        self._is_warm = False
+
+    def _experts(self, moe: DsaMoE) -> Experts:
+        """vLLM's kernel; where bits count the learner's, if that can be captured in a CUDA graph."""
+        if not self.backend.deterministic:
+            return compat.fused_experts
+        grouped = self.backend.invariant and takes_groups(moe.experts.down_proj)
+        return run_groups if grouped else compat.fused_experts_of_one_shape
 
     def shape(self, *, kept: bool = True, experts: bool = True) -> Shape:
         """Of the records of one token."""
@@ -121,13 +131,13 @@ class DsaForVllm(nn.Module):
         self._in_python = True
         new = compat.metadata(self.names[0])
         if new is None or self.caches[0].kv_cache is None:  # vLLM measures memory
-            ends = torch.tensor([0, len(input_ids)], device=input_ids.device)
-            packed = PackedContext(attention=self.attention, backend=self.backend, cu_seqlens_S=ends)
-            measured: Tensor = self.inner.model(input_ids, packed)
-            return measured
+            if input_ids.is_cuda:
+                self._warm(input_ids)
+            return self._alone(input_ids)
         capturing = input_ids.is_cuda and torch.cuda.is_current_stream_capturing()
         context = self._context(new, positions, record_kept=capturing or self.records is not None)
-        with self._products():
+        # Triton's kernels have such products for the learner, too.
+        with products(invariant=self.backend.deterministic and not self.backend.invariant):
             hidden_TD: Tensor = self.inner.model(input_ids, context)
         if capturing:
             assert self._stage is not None, "rows for every captured size"
@@ -135,6 +145,27 @@ class DsaForVllm(nn.Module):
         elif self.records is not None:
             self.records.write(context)
         return hidden_TD
+
+    def _alone(self, tokens_T: Tensor) -> Tensor:
+        """A pass [T, D] of one prompt without the cache."""
+        ends_S = torch.tensor([0, len(tokens_T)], device=tokens_T.device)
+        packed = PackedContext(attention=self.attention, backend=self.backend, cu_seqlens_S=ends_S)
+        hidden_TD: Tensor = self.inner.model(tokens_T, packed)
+        return hidden_TD
+
+    def _warm(self, tokens_T: Tensor) -> None:
+        """Let cuDNN make its plans for prompts of every length (kernels/dense.py): no request shall wait for one."""
+        if (
+            self._is_warm
+            or self.attention == "dense"
+            or self.backend.name != "triton"
+            or self.backend.deterministic
+        ):
+            return
+        self._is_warm = True
+        for length in lengths(self.inner.config.index_topk):
+            if length <= len(tokens_T):
+                self._alone(tokens_T[:length])
 
     def _context(self, new: "Metadata", positions_T: Tensor, *, record_kept: bool) -> PagedContext:
         pools = [compat.pool(layer.cache) for layer in self.caches]
@@ -158,13 +189,9 @@ class DsaForVllm(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """fp32 [T, V]"""
-        with self._products():
+        with products(invariant=self.backend.deterministic):
             logits: Tensor = self.inner.lm_head(hidden_states).float()
         return logits
-
-    def _products(self) -> AbstractContextManager[Any]:
-        """Those whose rows do not see each other, where that is asked for."""
-        return Invariant() if self.backend.deterministic else nullcontext()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Nothing to do: __init__ has read the checkpoint."""

@@ -28,7 +28,7 @@ def _run(inputs: list[Any], dtype: torch.dtype, grad: torch.Tensor, *, by_groups
     x, gate_up, down = (t.to(dtype).requires_grad_() for t in (x, gate_up, down))
     weights = weights.clone().requires_grad_()
     matrices = gate_up.transpose(1, 2), down.transpose(1, 2)
-    assert experts.takes_groups(x, *matrices) == (dtype == torch.bfloat16)
+    assert experts.takes_groups(matrices[1]) == (dtype == torch.bfloat16)
     run = experts.run_experts if by_groups else _one_by_one
     out = run(x, chosen, weights, *matrices)
     return [out.detach(), *torch.autograd.grad(out, (x, weights, gate_up, down), grad.to(dtype))]
