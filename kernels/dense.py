@@ -17,10 +17,24 @@ from posttrain.kernels.backend import has_kernel
 
 LONG = 512
 """Tokens from which a document is long."""
-STEP = 128
-"""Long documents are padded to multiples of this; at once go a power of two of them."""
+STEP = 256
+"""Long documents are padded to multiples of this, or of an eighth of their length; at once go a power of two of them."""
 _FOR_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _FOR_LONG = [SDPBackend.CUDNN_ATTENTION, *_FOR_SHORT]
+
+
+def padded(length: int) -> int:
+    """Tokens that a long document is padded to."""
+    step = max(STEP, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def lengths(longest: int) -> list[int]:
+    """What long documents of at most so many tokens are padded to."""
+    found = [padded(LONG)]
+    while found[-1] < longest:
+        found.append(padded(found[-1] + 1))
+    return found
 
 
 def keys_and_values(kv_BLH: Tensor, rotary_BLR: Tensor, own: int) -> tuple[Tensor, Tensor]:
@@ -66,5 +80,5 @@ def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHV: Tensor, scale: float) -> Ten
 
 def _padded(x_BLHE: Tensor) -> Tensor:
     """Zeros behind each document: no query sees them."""
-    spare = -x_BLHE.shape[1] % STEP
+    spare = padded(x_BLHE.shape[1]) - x_BLHE.shape[1]
     return F.pad(x_BLHE, (0, 0, 0, 0, 0, spare)) if spare else x_BLHE

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from posttrain.kernels import e4m3, reference
 from posttrain.kernels.backend import TORCH, Backend
-from posttrain.kernels.dense import LONG, STEP
+from posttrain.kernels.dense import LONG, padded
 from posttrain.kernels.lanes import send
 from posttrain.kernels.pages import Pages
 from posttrain.model.entry import Entry
@@ -427,7 +427,7 @@ def plan_documents(
     groups: dict[int, list[int]] = {}
     for b, num in enumerate(early):
         if num:
-            kind = 0 if num < LONG else -b - 1 if apart else -(-num // STEP)
+            kind = 0 if num < LONG else -b - 1 if apart else padded(num)
             groups.setdefault(kind, []).append(b)
     parts = [tuple(early[b] for b in documents) for documents in groups.values()]
     part_B = torch.full((len(early),), KERNELS)

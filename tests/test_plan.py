@@ -48,13 +48,27 @@ def test_long_documents_stand_alone_and_short_ones_together() -> None:
 @pytest.mark.usefixtures("long_from_6")
 def test_long_documents_of_about_one_length_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """In steps of 4: 6 and 8, 9 and 12; of the last nothing is dense."""
-    monkeypatch.setattr(context_module, "STEP", 4)
+    monkeypatch.setattr(dense, "STEP", 4)
     split = context_module.plan_documents(
         [0, 6, 15, 18, 26, 38], [6, 9, 3, 8, 12, 5], [6, 9, 3, 8, 12, 0], CPU
     ).split
     assert split is not None and split.sizes == (6, 9, 3, 8, 12, 5)
     assert split.ways == (0, 1, 2, 0, 1, KERNELS)
     assert [part.host_lengths for part in split.dense] == [(6, 8), (9, 12), (3,)]
+
+
+def test_long_documents_have_few_lengths() -> None:
+    """cuDNN makes a plan for each: seven up to 2048, then eight for every doubling."""
+    assert dense.lengths(2048) == [512, 768, 1024, 1280, 1536, 1792, 2048]
+    assert [dense.padded(n) for n in (512, 513, 2048, 2049, 5000, 16_385)] == [
+        512,
+        768,
+        2048,
+        2304,
+        5120,
+        18_432,
+    ]
+    assert {dense.padded(n) for n in range(512, 9000)} == set(dense.lengths(8999))
 
 
 def test_all_rows_one_way() -> None:
