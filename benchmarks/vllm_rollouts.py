@@ -9,7 +9,8 @@ each size, with 8 tokens, is thrown away. --gaps: tokens are sampled and their l
 learner, which is our model in bf16 in one packed pass. --profile: also which kernels a prompt pass and a decoding step spend
 their time in. Index scores are in e4m3 on both sides, as vLLM's own always are;
 --index-dtype model: ours in bf16. --deterministic: one more side, where products and kernels do not see the
-batch, with its speed; one prompt is then generated 1, 8, 64 and 65 times, on this side and on ours without it. Sizes: the
+batch, with its speed; one prompt is then generated 1, 8, 64 and 65 times, on this side and on ours without it; with
+--gaps the learner that it is compared with is deterministic, too. Sizes: the
 attention of DeepSeek-V3.2 (64 heads, 512 + 64, index 128, top-k 2048) with few, narrow layers.
 """
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="REQUESTSxPROMPT")
     parser.add_argument("--new", type=int, default=256, help="tokens generated of each request")
-    parser.add_argument("--sides", nargs="+", choices=("ours", "stock"), default=("ours", "stock"))
+    parser.add_argument("--sides", nargs="*", choices=("ours", "stock"), default=("ours", "stock"))
     parser.add_argument("--gaps", action="store_true", help="against the learner, instead of speed")
     parser.add_argument("--profile", action="store_true", help="also the kernels of prompts and of a step")
     parser.add_argument("--deterministic", action="store_true", help="one more side, and repeated prompts")
@@ -111,6 +112,20 @@ def _write(folder: Path, init_range: float, index_dtype: str) -> None:
 
 
 def _side(args: argparse.Namespace) -> dict[str, Any]:
+    llm = _engine(args)
+    found: dict[str, Any] = {}
+    if args.gaps:
+        found["sampled"] = _sampled(llm, args)
+    else:
+        found["speed"] = [_speed(llm, args, *size) for size in _sizes(args.sizes)]
+    if args.deterministic and not args.gaps:
+        found["repeated"] = _repeated(llm, args)
+    if args.profile:
+        found["profile"] = [_profile(llm, args, *size) for size in _sizes(args.sizes)]
+    return found
+
+
+def _engine(args: argparse.Namespace) -> Any:
     from posttrain.rollouts.vllm import plugin
 
     deterministic = args.side == "deterministic"
@@ -119,7 +134,6 @@ def _side(args: argparse.Namespace) -> dict[str, Any]:
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_USE_V2_MODEL_RUNNER="0",
         VLLM_USE_FLASHINFER_SAMPLER="0",
-        VLLM_BATCH_INVARIANT=str(int(deterministic)),
     )
     from vllm import LLM
 
@@ -133,20 +147,12 @@ def _side(args: argparse.Namespace) -> dict[str, Any]:
     longest = max(length for _, length in _sizes(args.sizes)) + args.new + 16
     if deterministic:  # whole prompts, as VllmEngine has it
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, longest)}
-    llm = LLM(
+    return LLM(
         str(args.folder / "model"), skip_tokenizer_init=True, dtype="bfloat16", block_size=64, max_num_seqs=72,
         max_model_len=longest, gpu_memory_utilization=args.memory, enable_prefix_caching=False, async_scheduling=False,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         **({"max_num_batched_tokens": 8192} | settings),
     )  # fmt: skip
-    if args.gaps:
-        return {"sampled": _sampled(llm, args)}
-    found: dict[str, Any] = {"speed": [_speed(llm, args, *size) for size in _sizes(args.sizes)]}
-    if args.deterministic:
-        found["repeated"] = _repeated(llm, args)
-    if args.profile:
-        found["profile"] = [_profile(llm, args, *size) for size in _sizes(args.sizes)]
-    return found
 
 
 def _sizes(texts: list[str]) -> list[tuple[int, int]]:
@@ -275,13 +281,13 @@ def _learner(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = checkpoint.load(args.folder / "model", dtype=torch.bfloat16, device=device)
-    backend = model.backend("auto")
-    print(f"learner: {backend}", flush=True)
     rows: list[dict[str, Any]] = []
     for side in (
         side for side in ("ours", "stock", "deterministic") if (args.folder / f"{side}.json").exists()
     ):
         gaps: dict[str, list[Any]] = {}
+        backend = model.backend("auto", deterministic=side == "deterministic")
+        print(f"learner of {side}: {backend}", flush=True)
         for row in json.loads((args.folder / f"{side}.json").read_text())["sampled"]:
             tokens = torch.tensor(row["prompt"] + row["tokens"], device=device)
             ends = torch.tensor([0, len(tokens)], device=device)
