@@ -15,10 +15,14 @@ Shape letters: N queries, S keys, J indexer heads, I indexer head size, K kept.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.kernels import index_scores_gluon, topk_triton
@@ -79,12 +83,20 @@ class Ranges:
 
     begin_N: Tensor
     end_N: Tensor
-    chunks: tuple[Chunk, ...]
-    """For the selection."""
-    wide_chunks: tuple[Chunk, ...]
-    """For work on square tiles (warmup_kl_triton.py): more queries, where possible in multiples of a tile's."""
+    on_host: tuple[NDArray[Any], NDArray[Any]]
+    """The same two in host memory."""
     num_keys: int
     """Keys there must be at least."""
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """For the selection."""
+        return _chunks(*self.on_host, CHUNK_BYTES, step=1)
+
+    @cached_property
+    def wide_chunks(self) -> tuple[Chunk, ...]:
+        """For work on square tiles (warmup_kl_triton.py): more queries, where possible in multiples of a tile's."""
+        return _chunks(*self.on_host, WIDE_CHUNK_BYTES, step=WIDE_CHUNK_STEP)
 
 
 def key_ranges(begin_N: Tensor, end_N: Tensor, device: torch.device | str) -> Ranges:
@@ -95,9 +107,7 @@ def key_ranges(begin_N: Tensor, end_N: Tensor, device: torch.device | str) -> Ra
     if begin_N.shape != end_N.shape or bool(((begin_N < 0) | (begin_N > end_N)).any()):
         raise ValueError("a range of keys needs 0 <= begin <= end")
     num_keys = int(end_N.max()) if len(end_N) else 0
-    chunks = _chunks(begin_N, end_N, CHUNK_BYTES, step=1)
-    wide_chunks = _chunks(begin_N, end_N, WIDE_CHUNK_BYTES, step=WIDE_CHUNK_STEP)
-    return Ranges(send(begin_N, device), send(end_N, device), chunks, wide_chunks, num_keys)
+    return Ranges(send(begin_N, device), send(end_N, device), (begin_N.numpy(), end_N.numpy()), num_keys)
 
 
 def packed(lengths: Sequence[int], device: torch.device | str) -> Ranges:
@@ -107,16 +117,19 @@ def packed(lengths: Sequence[int], device: torch.device | str) -> Ranges:
     return key_ranges(begin_N, torch.arange(1, len(begin_N) + 1), device)
 
 
-def _chunks(begin_N: Tensor, end_N: Tensor, num_bytes: int, *, step: int) -> tuple[Chunk, ...]:
+def _chunks(begin_N: NDArray[Any], end_N: NDArray[Any], num_bytes: int, *, step: int) -> tuple[Chunk, ...]:
     empty_N = begin_N == end_N
-    low_N, high_N = begin_N.masked_fill(empty_N, torch.iinfo(torch.int32).max), end_N.masked_fill(empty_N, 0)
+    low_N = np.where(empty_N, np.iinfo(np.int32).max, begin_N).astype(np.int64)
+    high_N = np.where(empty_N, 0, end_N).astype(np.int64)
     found: list[Chunk] = []
     first = 0
     while first < len(begin_N):
-        part = slice(first, first + CHUNK_ROWS)
-        low, high = low_N[part].long().cummin(0).values, high_N[part].long().cummax(0).values
-        width = ((high - low).clamp(min=1) + 31) // 32 * 32
-        cells = width * torch.arange(1, len(width) + 1)
+        # No more rows than would fit if none were wider than the first: the device waits for this.
+        least = 4 * _width(high_N[first] - low_N[first])
+        part = slice(first, first + min(CHUNK_ROWS, int(num_bytes // least) + 1))
+        low, high = np.minimum.accumulate(low_N[part]), np.maximum.accumulate(high_N[part])
+        width = _width(high - low)
+        cells = width * np.arange(1, len(width) + 1)
         rows = max(1, int((cells * 4 <= num_bytes).sum()))  # cells grow with every row
         if step < rows < len(begin_N) - first:
             rows = rows // step * step
@@ -124,6 +137,11 @@ def _chunks(begin_N: Tensor, end_N: Tensor, num_bytes: int, *, step: int) -> tup
         found.append(Chunk(first, rows, first_key, int(width[rows - 1])))
         first += rows
     return tuple(found)
+
+
+def _width(span: Any) -> Any:
+    """Scores of a row that are in memory, for so many keys."""
+    return (np.maximum(span, 1) + 31) // 32 * 32
 
 
 @triton.jit

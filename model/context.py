@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -430,15 +431,14 @@ def plan_documents(
             kind = 0 if num < LONG else -b - 1 if apart else padded(num)
             groups.setdefault(kind, []).append(b)
     parts = [tuple(early[b] for b in documents) for documents in groups.values()]
-    part_B = torch.full((len(early),), KERNELS)
+    part_B = np.full(len(early), KERNELS)
     for part, documents in enumerate(groups.values()):
         part_B[documents] = part
-    sizes, early_B = torch.tensor(lengths), torch.tensor(early)
-    row_T = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    positions_T = row_T if begun is None else row_T + torch.tensor(begun).repeat_interleave(sizes)
-    begin_T = torch.tensor(starts).repeat_interleave(sizes)
-    is_early_T = row_T < early_B.repeat_interleave(sizes)
-    way_T = part_B.repeat_interleave(sizes).where(is_early_T, torch.tensor(KERNELS))
+    sizes = np.array(lengths, np.int64)
+    row_T = np.arange(sizes.sum()) - (sizes.cumsum() - sizes).repeat(sizes)
+    positions_T = row_T if begun is None else row_T + np.array(begun, np.int64).repeat(sizes)
+    begin_T = np.array(starts, np.int64).repeat(sizes)
+    way_T = np.where(row_T < np.array(early, np.int64).repeat(sizes), part_B.repeat(sizes), KERNELS)
 
     def dense() -> list[PackedContext]:
         cuts = (send(torch.tensor([0, *itertools.accumulate(part)]), device) for part in parts)

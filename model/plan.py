@@ -7,9 +7,11 @@ Shape letters: T tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:  # triton exists on Linux only, and contexts make plans
@@ -57,22 +59,28 @@ class Plan:
 
 
 def plan_rows(
-    begin_T: Tensor,
-    positions_T: Tensor,
-    way_T: Tensor,
+    begin_T: NDArray[Any],
+    positions_T: NDArray[Any],
+    way_T: NDArray[Any],
     device: torch.device,
     dense: Callable[[], "Sequence[PackedContext]"],
 ) -> Plan:
     """The plan for rows at these positions of documents that begin at these slots, on the host; which way each goes.
 
-    dense makes the contexts of the dense parts; asked for only where there are any.
+    dense makes the contexts of the dense parts; asked for only where there are any. In numpy, whose small calls cost a
+    fraction of torch's: the device waits for this.
     """
-    from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
-
     end_T = begin_T + positions_T + 1
     late_T = way_T == KERNELS
     if late_T.all():
-        return Plan(key_ranges(begin_T, end_T, device))
-    ways, sizes = way_T.unique_consecutive(return_counts=True)
-    split = Split(tuple(sizes.tolist()), tuple(ways.tolist()), tuple(dense()))
-    return Plan(key_ranges(begin_T[late_T], end_T[late_T], device) if late_T.any() else None, split)
+        return Plan(_ranges(begin_T, end_T, device))
+    first = np.concatenate(([0], np.flatnonzero(way_T[1:] != way_T[:-1]) + 1))
+    sizes = np.diff(first, append=len(way_T))
+    split = Split(tuple(sizes.tolist()), tuple(way_T[first].tolist()), tuple(dense()))
+    return Plan(_ranges(begin_T[late_T], end_T[late_T], device) if late_T.any() else None, split)
+
+
+def _ranges(begin_N: NDArray[Any], end_N: NDArray[Any], device: torch.device) -> "Ranges":
+    from posttrain.kernels.index_topk_triton import key_ranges  # triton exists on Linux only
+
+    return key_ranges(torch.from_numpy(begin_N), torch.from_numpy(end_N), device)

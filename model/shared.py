@@ -62,7 +62,10 @@ class SharedContext(PackedContext):
 
             way_T = torch.where(positions_T < num_early, 0, KERNELS)
             device = self.token_F.device
-            self._plans[num_early] = plan_rows(place_T - positions_T, positions_T, way_T, device, dense)
+            begin_T = place_T - positions_T
+            self._plans[num_early] = plan_rows(
+                begin_T.numpy(), positions_T.numpy(), way_T.numpy(), device, dense
+            )
         return self._plans[num_early]
 
     def _early(
