@@ -6,7 +6,7 @@
 
 Each side runs in a process of its own, with CUDA graphs and without the prefix cache. Speed: greedy; of each size
 all is generated twice and the first time thrown away, because a library takes milliseconds to load a kernel for a shape that
-it has not met. --gaps: tokens are sampled and their log-probs, as decoding gave them, compared with those of the
+it has not met; beside it, how long passes with prompts and passes that only decode took. --gaps: tokens are sampled and their log-probs, as decoding gave them, compared with those of the
 learner, which is our model in bf16 in one packed pass. --profile: also which kernels a prompt pass and a decoding step spend
 their time in. Index scores are in e4m3 on both sides, as vLLM's own always are;
 --index-dtype model: ours in bf16. --deterministic: one more side, where products and kernels do not see the
@@ -18,12 +18,13 @@ attention of DeepSeek-V3.2 (64 heads, 512 + 64, index 128, top-k 2048) with few,
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 SHAPE = {
     "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 512,
@@ -177,15 +178,62 @@ def _speed(llm: Any, args: argparse.Namespace, requests: int, length: int) -> di
     prompts = _prompts(requests, length)
     walls_s: list[float] = []
     for _ in range(2):
-        began = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        torch.cuda.synchronize()
-        walls_s.append(time.perf_counter() - began)
+        with _Passes(llm.llm_engine) as passes:
+            began = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            torch.cuda.synchronize()
+            walls_s.append(time.perf_counter() - began)
     wall_s = walls_s[-1]
     row = {"size": f"{requests}x{length}", "wall_s": wall_s, "tokens_per_s": requests * args.new / wall_s}
-    row |= {"first_s": walls_s[0], "device": torch.cuda.get_device_name()}
+    row |= {"first_s": walls_s[0], "passes": passes.figures(), "device": torch.cuda.get_device_name()}
     print(args.side, row, flush=True)
     return row
+
+
+class _Passes:
+    """How long an engine's passes take, and how long the host is in the model of them."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._runner = engine, engine.model_executor.driver_worker.worker.model_runner
+        self._seconds: dict[str, list[tuple[float, float]]] = {"with prompts": [], "decoding": []}
+        self._found: tuple[str, float] | None = None
+
+    def __enter__(self) -> Self:
+        self._step, self._execute = self._engine.step, self._runner.execute_model
+        self._engine.step, self._runner.execute_model = self._timed_step, self._timed_execute
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._engine.step, self._runner.execute_model = self._step, self._execute
+
+    def _timed_step(self) -> Any:
+        began, self._found = time.perf_counter(), None
+        outputs = self._step()
+        if self._found is not None:
+            kind, in_model_s = self._found
+            self._seconds[kind].append((time.perf_counter() - began, in_model_s))
+        return outputs
+
+    def _timed_execute(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        output = self._execute(scheduled, *args, **kwargs)
+        num, rows = scheduled.total_num_scheduled_tokens, len(scheduled.num_scheduled_tokens)
+        if rows:
+            self._found = ("decoding" if num == rows else "with prompts"), time.perf_counter() - began
+        return output
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Milliseconds by kind of pass."""
+        return {
+            kind: {
+                "count": len(found),
+                "ms_median": 1e3 * statistics.median(step for step, _ in found),
+                "ms_mean": 1e3 * statistics.mean(step for step, _ in found),
+                "ms_in_model": 1e3 * statistics.median(host for _, host in found),
+            }
+            for kind, found in self._seconds.items()
+            if found
+        }
 
 
 def _profile(
