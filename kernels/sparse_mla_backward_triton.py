@@ -4,8 +4,9 @@ Three kernels. `_delta_kernel`: delta = dO . O per query and head. `_pairs_kerne
 kept entries and all heads, from which come the probabilities P, dS = P (dP - delta) scale and, at no further
 product, the head-summed target of the indexer; the log-sum-exp is known, so tiles are independent of each
 other. `_dq_kernel`: dQ = dS K. `_dkv_kernel`: dS^T Q + P^T dO, what a query adds to its entries, summed over all
-heads in registers. In fast mode it is added to memory atomically, in fp32; in deterministic mode it is written
-down in the inputs' dtype, and `_sum_kernel` adds the rows of each entry up in the order of the queries, in fp32.
+heads in registers. In fast mode it is added to memory atomically, in fp32, with 64 heads for two neighbouring
+queries at once (sparse_mla_backward_gluon.py; merged_dkv_triton.py if asked for); in deterministic mode it is written down in the
+inputs' dtype, and `_sum_kernel` adds the rows of each entry up in the order of the queries, in fp32.
 P and dS pass through memory in the inputs' dtype, the type in which they enter the products anyway.
 
 Adding to memory is bound by the L2 cache, the products by the tensor cores: in fast mode two chunks of queries are
@@ -21,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels import merged_dkv_triton
 from posttrain.kernels import sparse_mla_backward_gluon as gluon
 from posttrain.kernels.lanes import Lanes
-from posttrain.kernels.merge_triton import merge
+from posttrain.kernels.merge_triton import MOST, merge
 from posttrain.kernels.product_triton import block, dot, interpreted
 from posttrain.kernels.sparse_mla_triton import LOG2E, check, fits_gluon, kept, last_kept
 
@@ -53,9 +55,12 @@ class Launch:
     dq: Tiles = Tiles(keys=64, columns=128, warps=4, stages=3)
     dkv: Tiles | None = None
     """None: in Gluon where its shapes fit."""
+    merged: Tiles | None = None
+    """dkv of two queries with few heads at once (merged_dkv_triton.py); None, until a GPU has said that it is faster: not."""
 
 
 DKV = Tiles(keys=64, columns=128, warps=4, stages=3)
+MERGED = DKV
 
 
 LAUNCH = Launch()
@@ -306,18 +311,18 @@ def _dq(this: _Pass, work_nK2H: Tensor, dq_NHE: Tensor, first: int) -> None:
 def _dkv(this: _Pass, work_nK2H: Tensor, target: Tensor, first: int, *, rows: bool) -> None:
     """Add to the entries' gradients fp32 [S, E], or write the rows [n K, E]."""
     t, shape = this.launch.dkv, this.shape
-    if (
-        not rows
-        and t is None
-        and shape["H"] <= gluon.MERGED_HEADS
-        and fits_gluon(this.q_NHE, shape["R"], shape["P"])
-    ):
-        _dkv_merged(this, work_nK2H, target, first)
-        return
+    in_gluon = t is None and fits_gluon(this.q_NHE, shape["R"], shape["P"])
+    if not rows and shape["K"] <= MOST:
+        if this.launch.merged is not None and shape["H"] <= merged_dkv_triton.HEADS:
+            _dkv_merged_few(this, work_nK2H, target, first, this.launch.merged)
+            return
+        if in_gluon and shape["H"] <= gluon.MERGED_HEADS:
+            _dkv_merged(this, work_nK2H, target, first)
+            return
     KB = triton.next_power_of_2(shape["K"])
     args = (this.q_NHE, this.slots_NK, this.do_NHR, work_nK2H, target, len(this.entries_SE), first)
     for value, size in ((True, shape["R"]), (False, shape["P"])):
-        if t is None and fits_gluon(this.q_NHE, shape["R"], shape["P"]):
+        if in_gluon:
             columns = min(gluon.COLUMNS, size)
             gluon.dkv_kernel[(len(work_nK2H) * (size // columns),)](
                 *args, **shape, KB=max(KB, 32 * gluon.WARPS), BC=columns, BK=gluon.KEYS,
@@ -342,6 +347,19 @@ def _dkv_merged(this: _Pass, work_nK2H: Tensor, dkv_SE: Tensor, first: int) -> N
             this.q_NHE, merged.slots_PU, merged.places_PU, merged.num_P, merged.kept_P2, this.do_NHR, work_nK2H,
             dkv_SE, len(this.entries_SE), first, **shape, BC=columns, BK=gluon.KEYS, VALUE=value,
             num_warps=gluon.MERGED_WARPS if value else gluon.WARPS,
+        )  # fmt: skip
+
+
+def _dkv_merged_few(this: _Pass, work_nK2H: Tensor, dkv_SE: Tensor, first: int, t: Tiles) -> None:
+    """The same with few heads, in Triton."""
+    shape = this.shape
+    merged = merge(this.slots_NK[first : first + len(work_nK2H)], len(this.entries_SE))
+    for value, size in ((True, shape["R"]), (False, shape["P"])):
+        columns = min(t.columns, block(size))
+        merged_dkv_triton.dkv_merged_few_kernel[(len(merged.num_P) * triton.cdiv(size, columns),)](
+            this.q_NHE, merged.slots_PU, merged.places_PU, merged.num_P, merged.kept_P2, this.do_NHR, work_nK2H,
+            dkv_SE, first, **shape, BH=block(shape["H"]), BC=columns, BK=t.keys, VALUE=value,
+            INTERPRET=interpreted(), STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ dtype. Imports Triton's kernels, so only the worker imports this.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,11 +66,14 @@ def _sparse_forward(heads: int) -> None:
     sparse_mla_triton.forward(q, kv, _slots(), 0.1, LATENT)
 
 
-def _sparse_backward(heads: int, *, deterministic: bool, with_target: bool) -> None:
+def _sparse_backward(heads: int, *, deterministic: bool, with_target: bool, merged: bool = False) -> None:
     q, kv = _bf16(QUERIES, heads, LATENT + ROTARY), _bf16(SLOTS, LATENT + ROTARY)
     o, lse = _bf16(QUERIES, heads, LATENT), torch.zeros(QUERIES, heads)
+    launch = sparse_mla_backward_triton.LAUNCH
+    if merged:
+        launch = replace(launch, merged=sparse_mla_backward_triton.MERGED)
     sparse_mla_backward_triton.backward(
-        q, kv, _slots(), o, lse, o, 0.1, deterministic=deterministic, with_target=with_target
+        q, kv, _slots(), o, lse, o, 0.1, deterministic=deterministic, with_target=with_target, launch=launch
     )
 
 
@@ -252,6 +255,12 @@ LAUNCHES: dict[str, Launch] = {
             call=lambda h=h: _sparse_backward(h, deterministic=False, with_target=True)
         )
         for h in (128, 64, 16)
+    },
+    **{
+        f"sparse backward, {h} heads, merged": Launch(
+            call=lambda h=h: _sparse_backward(h, deterministic=False, with_target=True, merged=True)
+        )
+        for h in (32, 16, 4)
     },
     "sparse backward, 128 heads, deterministic, no target": Launch(
         call=lambda: _sparse_backward(128, deterministic=True, with_target=False)

@@ -109,6 +109,51 @@ def test_sparse_mla(
     torch.testing.assert_close(lse[1], logits.logsumexp(-1))
 
 
+def _neighbours(num: int, kept: int, keys: int) -> torch.Tensor:
+    """Up to 11 rows that share most of their slots with the next one, and what does not merge; slot 0 is in none."""
+    make = torch.Generator().manual_seed(kept)
+    chosen = torch.randperm(keys - 1, generator=make)[: kept + 11] + 1
+    slots = torch.stack([chosen[row : row + kept].sort().values for row in range(11)]).int()
+    slots[[1, 3], kept - 2 :] = -1
+    slots[[2, 6, 7]] = -1  # beside one with entries, beside each other
+    slots[[4, 10], 1::3] = -1  # holes
+    slots[8] = slots[8].flip(0)
+    slots[9, 1], slots[9, 3] = slots[9, 0], keys + 5  # a duplicate; beyond the end
+    return slots[:num].to(DEVICE)
+
+
+@pytest.mark.parametrize("heads", [4, 16, 32])
+@pytest.mark.parametrize(
+    ("num", "kept", "in_chunk"), [(1, 5, 9), (10, 33, 16), (11, 21, 5)], ids=["alone", "even", "odd"]
+)
+def test_merged_gradients_of_entries(
+    monkeypatch: pytest.MonkeyPatch, heads: int, num: int, kept: int, in_chunk: int
+) -> None:
+    """Those of one query at a time, and exact ones; queries without entries hold NaN. Chunks end between neighbours."""
+    monkeypatch.setattr(sparse_mla_backward, "WORKSPACE_BYTES", 2 * 4 * 2 * heads * kept * in_chunk)
+    keys, value, rotary = 60, 20, 8
+    q, kv = _random(num, heads, value + rotary, seed=0), _random(keys, value + rotary, seed=1)
+    do, slots = _random(num, heads, value, seed=2), _neighbours(num, kept, keys)
+    kv[0] = NAN
+    exact_q, exact_kv = q.double(), kv.double().nan_to_num(0.0).requires_grad_()
+    _definition(exact_q, exact_kv, slots, value)[0].backward(do.double())
+    empty = (slots < 0).all(1)
+    q[empty], do[empty] = NAN, NAN
+    out, lse = sparse_mla.forward(q, kv, slots, SCALE, value, replace(TILES, heads=32, keys=64))
+    wide = replace(_SMALL, keys=64, columns=32, heads=32)
+    found = []
+    for merged in (_SMALL, None):
+        launch = replace(LAUNCH, pairs=wide, dq=wide, dkv=wide, merged=merged)
+        found.append(
+            sparse_mla_backward.backward(
+                q, kv, slots, out, lse, do, SCALE, deterministic=False, with_target=False, launch=launch
+            )
+        )
+    assert exact_kv.grad is not None and torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1].double(), exact_kv.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-6, rtol=2e-6)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 def test_a_gradient_that_is_not_finite_shows(deterministic: bool) -> None:
