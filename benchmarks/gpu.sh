@@ -2,6 +2,7 @@
 # The figures and checks that want a GPU, by parts: sh benchmarks/gpu.sh OUT PART...
 #
 #   kernels    beside their peers, where these are importable        220 s    kernels.md
+#   merged     launch shapes of the backward with few heads      120 s    kernels.md
 #   layers     steps, decoding; whole layers and the crossover       300 s    kernels.md
 #   learner    the learner's phase of a GRPO step                    180 s    ../docs/training.md
 #   learn      dense -> convert -> warm-up -> sparse at 16k tokens   300 s    README.md
@@ -40,6 +41,7 @@ for part; do
         run kernels 160 python benchmarks/kernels.py --kinds loc --json "$out/kernels.json"
         run topk-128k 60 python benchmarks/kernels.py topk --keys 131072 --kinds loc --json "$out/topk-128k.json"
         ;;
+    merged) run merged 120 python benchmarks/merged_shapes.py --heads 16 --out "$out/merged.json" ;;
     layers)
         run decode 40 python benchmarks/kernel_layers.py decode --out "$out/decode.json"
         run step 90 python benchmarks/kernel_layers.py step --out "$out/step.json"
@@ -57,7 +59,7 @@ for part; do
         run tests 540 python -m pytest -q -p no:cacheprovider tests/gpu tests/test_rope.py tests/test_copies.py \
             tests/test_training_kernels.py --ignore tests/gpu/test_ranks.py &
         run kills 550 python benchmarks/resume_kills.py --out "$out/kills.json" &
-        rollouts gaps 540 --gaps --sizes 4x4096 2x32768 --new 64 --memory 0.25 &
+        rollouts gaps 540 --gaps --deterministic --sizes 4x4096 2x32768 --new 64 --memory 0.25 &
         rollouts bits 540 --deterministic --sides ours --sizes 8x4096 --new 64 --memory 0.25 &
         wait
         ;;
