@@ -2,7 +2,7 @@
 # The figures and checks that want a GPU, by parts: sh benchmarks/gpu.sh OUT PART...
 #
 #   kernels    beside their peers, where these are importable        220 s    kernels.md
-#   merged     launch shapes of the backward with few heads      120 s    kernels.md
+#   merged     launch shapes of the backward with few heads          120 s    kernels.md
 #   layers     steps, decoding; whole layers and the crossover       300 s    kernels.md
 #   learner    the learner's phase of a GRPO step                    180 s    ../docs/training.md
 #   learn      dense -> convert -> warm-up -> sparse at 16k tokens   300 s    README.md
