@@ -26,7 +26,7 @@ from posttrain.kernels import (
     sparse_mla_triton,
 )
 from posttrain.kernels.index_topk_triton import Ranges
-from posttrain.kernels.pages import Pages, read
+from posttrain.kernels.pages import Pages, read, slots_of
 from posttrain.kernels.warmup_kl_triton import Attention, warmup_kl
 
 
@@ -112,13 +112,10 @@ def _attend_copies(q_BQHE: Tensor, pages: Pages, kept_BQK: Tensor, scale: float,
     """The packed kernel on copies of the kept entries: it adds up in the order of the entries, wherever they lie."""
     B, Q, H, E = q_BQHE.shape
     kept_NK = kept_BQK.flatten(0, 1)
-    missing_NK, at_NK = kept_NK < 0, kept_NK.clamp(min=0)
-    block_NK = pages.table_BM.repeat_interleave(Q, 0).gather(1, (at_NK // pages.block_size).long())
-    slot_NK = block_NK.long() * pages.block_size + at_NK % pages.block_size
-    # A row of a captured graph that has no sequence may have anything in its table.
-    entries_SE = read(pages.entries_PSE, slot_NK.masked_fill(missing_NK, 0).flatten())
+    slot_NK = slots_of(kept_NK, pages.table_BM.repeat_interleave(Q, 0), pages.block_size)
+    entries_SE = read(pages.entries_PSE, slot_NK.clamp(min=0).flatten())
     place_NK = torch.arange(kept_NK.numel(), dtype=torch.int32, device=kept_NK.device).view_as(kept_NK)
-    slots_NK = place_NK.masked_fill(missing_NK, -1)
+    slots_NK = place_NK.masked_fill(kept_NK < 0, -1)
     o_NHR, _ = sparse_mla_triton.forward(q_BQHE.reshape(B * Q, H, E), entries_SE, slots_NK, scale, value_size)
     return o_NHR.view(B, Q, H, value_size)
 

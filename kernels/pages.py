@@ -3,7 +3,7 @@
 Next: copy_triton.py, paged_index_topk_triton.py, paged_mla_triton.py.
 
 Shape letters: B sequences, P blocks in the pool, S tokens of a block, M blocks of a sequence, E entry size
-(latent + rotary), I indexer head size, T rows of X numbers.
+(latent + rotary), I indexer head size, T rows of X numbers, N rows of K positions.
 """
 
 from dataclasses import dataclass
@@ -73,6 +73,13 @@ class Pages:
     def room(self) -> int:
         """Tokens that a row of the table holds."""
         return self.table_BM.shape[1] * self.block_size
+
+
+def slots_of(position_NK: Tensor, table_NM: Tensor, block_size: int) -> Tensor:
+    """Slots int64 of positions in sequences, a row of the table for each row; -1 where a position is negative."""
+    at_NK = position_NK.clamp(min=0)
+    block_NK = table_NM.gather(1, (at_NK // block_size).long())
+    return (block_NK.long() * block_size + at_NK % block_size).masked_fill(position_NK < 0, -1)
 
 
 def write(pool_PSX: Tensor, slots_T: Tensor, x_TX: Tensor) -> None:

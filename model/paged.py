@@ -253,10 +253,7 @@ class _Rows(_Part):
     def slots(self, kept_BQK: Tensor) -> Tensor:
         if not self._single:
             return self.flat(kept_BQK)
-        kept_TK = self.flat(kept_BQK)
-        size = self.cache.pools_PSX[0].shape[1]
-        blocks_TK = self.table_BM.gather(1, kept_TK.clamp(min=0) // size)
-        return torch.where(kept_TK < 0, kept_TK, blocks_TK * size + kept_TK % size)
+        return pages.slots_of(self.flat(kept_BQK), self.table_BM, self.cache.pools_PSX[0].shape[1])
 
     def plan(self, num_early: int) -> Plan:
         raise AssertionError("the kernels for a cache need none")
